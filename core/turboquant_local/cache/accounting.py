@@ -1,0 +1,167 @@
+"""Bytes: what a cache keeps alive, part by part, and what it will keep alive at a given length."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
+
+from turboquant_local.cache.layer import CompressedLayer, make_quantizer
+from turboquant_local.config import TurboQuantConfig
+from turboquant_local.errors import ConfigError
+from turboquant_local.kernels.layout import vector_bytes
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes that a cache keeps alive, by part; the parts add up to `total`.
+
+    Attributes:
+        codes: Packed codes.
+        norms: The 16-bit scale of every packed vector.
+        means: Mean keys.
+        sinks: First tokens, in the model's dtype.
+        recent: Recent window, in the model's dtype.
+        bypassed: Layers left uncompressed.
+        constants: Rotations and codebooks, once a cache.
+        total: All of it.
+        uncompressed: What transformers' own cache would hold for the same tokens.
+    """
+
+    codes: int
+    norms: int
+    means: int
+    sinks: int
+    recent: int
+    bypassed: int
+    constants: int
+    total: int
+    uncompressed: int
+
+    @property
+    def compression_ratio(self) -> float:
+        """`uncompressed / total`; 1.0 for an empty cache."""
+        return self.uncompressed / self.total if self.total else 1.0
+
+
+def live_tensors(obj: object) -> Iterator[torch.Tensor]:
+    """Every tensor that an object holds in its attributes, containers and dataclasses."""
+    if isinstance(obj, torch.Tensor):
+        yield obj
+    elif isinstance(obj, Mapping):
+        for value in obj.values():
+            yield from live_tensors(value)
+    elif isinstance(obj, list | tuple):
+        for value in obj:
+            yield from live_tensors(value)
+    elif dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        for field in dataclasses.fields(obj):
+            yield from live_tensors(getattr(obj, field.name))
+
+
+def storage_bytes(tensors: Iterator[torch.Tensor]) -> int:
+    """Bytes of the distinct storages behind tensors; a view counts for the whole it keeps alive."""
+    storages = {storage.data_ptr() or id(storage): storage for storage in (x.untyped_storage() for x in tensors)}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def report(layers: list[Any]) -> MemoryReport:
+    """Count a cache's layers."""
+    parts: dict[str, list[torch.Tensor]] = {
+        "codes": [], "norms": [], "means": [], "sinks": [], "recent": [], "bypassed": [], "constants": []
+    }  # fmt: skip
+    uncompressed = 0
+    for layer in layers:
+        if not isinstance(layer, CompressedLayer):
+            tensors = list(live_tensors(vars(layer)))
+            parts["bypassed"] += tensors
+            uncompressed += storage_bytes(iter(tensors))
+            continue
+        state = {name: value for name, value in vars(layer).items() if name not in ("_k", "_v", "_constants")}
+        recurrent = list(live_tensors(state))
+        parts["bypassed"] += recurrent
+        uncompressed += storage_bytes(iter(recurrent))
+        parts["constants"] += layer._constants
+        for view in (layer._k, layer._v):
+            if view is None:
+                continue
+            batch, heads, tokens, head_dim = view.shape
+            uncompressed += batch * heads * tokens * head_dim * view.recent.element_size()
+            parts["sinks"].append(view.sinks)
+            parts["recent"].append(view.recent)
+            if view.packed is not None:
+                parts["codes"].append(view.packed.codes)
+                parts["norms"] += [] if view.packed.scales is None else [view.packed.scales]
+                parts["means"] += [] if view.packed.mean is None else [view.packed.mean]
+    counted = {name: storage_bytes(iter(tensors)) for name, tensors in parts.items()}
+    return MemoryReport(**counted, total=sum(counted.values()), uncompressed=uncompressed)
+
+
+def predict_bytes(
+    model_config: PreTrainedConfig,
+    kv_cache: TurboQuantConfig | Mapping[str, Any] | str | None = None,
+    tokens: int = 0,
+    batch_size: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+) -> int:
+    """What `TurboQuantCache.vram_bytes()` will be, to the byte, once the cache holds so many tokens.
+
+    Args:
+        model_config: The model's config.
+        kv_cache: The cache's settings.
+        tokens: Tokens in the cache, the last of them added by a decode step.
+        batch_size: Sequences.
+        dtype: The model's dtype.
+
+    Raises:
+        ConfigError: The model has recurrent states or layers whose size does not follow from the config.
+    """
+    from turboquant_local.cache.cache import TurboQuantCache  # the cache reports through this file
+
+    cache = TurboQuantCache(model_config, kv_cache, set_attention=False)
+    config, shape = cache.kv_cache, cache.kv_shape
+    if shape is None:
+        raise ConfigError("model_config: it does not say num_key_value_heads and head_dim, so nothing can be predicted")
+    heads, head_dim = shape
+    if not tokens:
+        return storage_bytes(live_tensors([vars(layer) for layer in cache.layers]))
+    total, constants = 0, 0
+    plain = head_dim * dtype.itemsize
+    packed = config.packed_length(tokens)
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, LinearAttentionCacheLayerMixin) or not isinstance(layer, DynamicLayer):
+            raise ConfigError(
+                f"layer {index} ({type(layer).__name__}): its size does not follow from the config; "
+                "run the model and read vram_bytes()"
+            )
+        if isinstance(layer, CompressedLayer):
+            for bits in (config.k_bits, config.v_bits):
+                vectors = packed * vector_bytes(head_dim, bits, dtype) + (tokens - packed) * plain
+                total += batch_size * heads * vectors
+            if packed and config.center_keys and config.k_bits < 16:
+                total += batch_size * heads * plain
+            constants = _constant_bytes(config, head_dim) if packed else 0
+        elif isinstance(layer, DynamicSlidingWindowLayer):
+            kept = min(tokens, layer.sliding_window)
+            total += 2 * batch_size * heads * kept * plain + layer._sliding_window_tensor.nbytes
+        elif "MLA" in cache.bypassed.get(str(index), ""):
+            raise ConfigError(
+                f"layer {index}: MLA heads do not follow from the config; run the model and read vram_bytes()"
+            )
+        else:
+            total += 2 * batch_size * heads * tokens * plain
+    return total + constants
+
+
+def _constant_bytes(config: TurboQuantConfig, head_dim: int) -> int:
+    quantizers = [make_quantizer(config, head_dim, bits) for bits in (config.k_bits, config.v_bits)]
+    return storage_bytes(live_tensors([quantizer.constants(torch.device("cpu")) for quantizer in quantizers]))

@@ -1,0 +1,233 @@
+"""`TurboQuantCache`: a transformers cache whose full-attention layers are compressed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+)
+
+from turboquant_local.cache.accounting import MemoryReport, live_tensors, report, storage_bytes
+from turboquant_local.cache.handle import AttentionStats
+from turboquant_local.cache.layer import CompressedLayer, HybridLayer, PlainLayer, make_quantizer
+from turboquant_local.config import TurboQuantConfig
+from turboquant_local.errors import CacheError
+
+logger = logging.getLogger(__name__)
+
+ATTENTION_NAME = "turboquant"
+"""Name under which the packed attention is registered with transformers."""
+
+
+class TurboQuantCache(DynamicCache):
+    """A drop-in for `DynamicCache` that keeps old tokens packed and attends to them as they are.
+
+    ```python
+    cache = TurboQuantCache(model.config, k_bits=4, v_bits=4)
+    model.generate(**inputs, past_key_values=cache)
+    print(cache.vram_bytes(), cache.compression_ratio())
+    ```
+
+    Full-attention layers are compressed. Sliding-window, linear-attention and MLA layers stay transformers' own,
+    and `bypassed` names them. The attention implementation of the given config is set to "turboquant", which
+    reads packed tokens and passes everything else on to transformers' own attention.
+
+    Attributes:
+        kv_cache: The settings.
+        bypassed: Layers that stay uncompressed, by index, with the reason.
+        stats: Which attention ran, and how often something was decompressed as a whole.
+        kv_shape: `(num_kv_heads, head_dim)` of the model, or None where its layers differ.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        kv_cache: TurboQuantConfig | Mapping[str, Any] | str | None = None,
+        *,
+        offloading: bool = False,
+        offload_only_non_sliding: bool = False,
+        set_attention: bool = True,
+        **fields: Any,
+    ) -> None:
+        """Build an empty cache for one model.
+
+        Args:
+            config: `model.config`.
+            kv_cache: A `TurboQuantConfig`, a dict of its fields or a preset's name; "balanced" if None.
+            offloading: Keep all layers but the one at work on the CPU, as in `DynamicCache`.
+            offload_only_non_sliding: As in `DynamicCache`.
+            set_attention: Set the config's attention implementation. If not, other attention still gives the
+                right result, but decompresses every layer at every step.
+            **fields: Fields of `TurboQuantConfig`, such as `k_bits=4`.
+
+        Raises:
+            ConfigError: A setting that does not exist or does not fit the model.
+            CacheError: `config` is not a model's config.
+        """
+        if not isinstance(config, PreTrainedConfig):
+            raise CacheError(f"config={type(config).__name__}: expected a model's config; pass model.config")
+        self.kv_cache = TurboQuantConfig.parse(kv_cache, **fields)
+        self.stats = AttentionStats()
+        self._decoder_config = config.get_text_config(decoder=True)
+        self.kv_shape = _kv_shape(self._decoder_config)
+        super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
+        self.layers, self.bypassed = self._compress(self.layers)
+        if set_attention and any(isinstance(layer, CompressedLayer) for layer in self.layers):
+            self._decoder_config._attn_implementation = ATTENTION_NAME
+
+    def _compress(self, layers: list[Any]) -> tuple[list[Any], dict[str, str]]:
+        """Put our layers in the places of transformers' full-attention layers."""
+        candidates = [
+            i for i, layer in enumerate(layers) if type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer)
+        ]
+        skipped = set(candidates[: self.kv_cache.skip_first_layers])
+        if self.kv_cache.skip_last_layers:
+            skipped |= set(candidates[-self.kv_cache.skip_last_layers :])
+        everywhere = self._incompressible()
+        bypassed: dict[str, str] = {}
+        compressed: list[Any] = []
+        for index, layer in enumerate(layers):
+            reason = None
+            if index not in candidates:
+                reason = _reason(layer)
+            elif everywhere is not None:
+                reason = everywhere
+            elif index in skipped:
+                reason = "skip_first_layers or skip_last_layers"
+            if reason is None:
+                if type(layer) is DynamicLayer:
+                    layer = CompressedLayer(self.kv_cache, self.stats, self.kv_shape)
+                else:
+                    layer = HybridLayer(self.kv_cache, self.stats, self.kv_shape, layer.number_of_states)
+            else:
+                bypassed[str(index)] = reason
+                if type(layer) is DynamicLayer:
+                    layer = PlainLayer()  # type: ignore[no-untyped-call]
+            compressed.append(layer)
+        return compressed, bypassed
+
+    def _incompressible(self) -> str | None:
+        """Why no layer of this model can be compressed; None if they can."""
+        if getattr(self._decoder_config, "kv_lora_rank", None) is not None:
+            return "MLA: keys and values come from a latent that is smaller still"
+        if self.kv_shape is None:
+            return None
+        head_dim = self.kv_shape[1]
+        if head_dim % 8 and min(self.kv_cache.k_bits, self.kv_cache.v_bits) < 16:
+            return f"head size {head_dim} is no multiple of 8"
+        for bits in (self.kv_cache.k_bits, self.kv_cache.v_bits):
+            make_quantizer(self.kv_cache, head_dim, bits)
+        return None
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in `DynamicCache`; a layer that packs returns handles in place of tensors.
+
+        Raises:
+            CacheError: The model has more layers, other heads or another head size than the cache's config.
+        """
+        if layer_idx >= len(self.layers):
+            raise CacheError(
+                f"layer_idx={layer_idx}: this cache was built for a model of {len(self.layers)} layers; "
+                "build it from this model's config: TurboQuantCache(model.config)"
+            )
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return keys, values
+
+    def reset(self) -> None:
+        """Forget all tokens. Layers are built anew: in transformers 5.17 a stock layer's own reset keeps its length."""
+        recording = any(getattr(layer, "record_past", False) for layer in self.layers)
+        fresh = DynamicCache(config=self._decoder_config)
+        self.layers, self.bypassed = self._compress(fresh.layers)
+        if recording:
+            self.activate_past_recording()  # type: ignore[no-untyped-call]
+
+    def window_start(self, length: int) -> int:
+        """Where the recent window begins once the cache holds `length` tokens: sinks and packed tokens lie before it.
+
+        0 while nothing would be packed.
+        """
+        packed = self.kv_cache.packed_length(length)
+        return self.kv_cache.sink_length + packed if packed else 0
+
+    def rewind(self, length: int) -> int:
+        """Go back to at most `length` tokens, to a point from which generation goes on as in a fresh cache.
+
+        A plain `crop` may leave packed tokens where a fresh cache would have its recent window. This drops the
+        window too; the caller feeds those few tokens again. A model whose layers cannot go back (a sliding window
+        that has moved on, recurrent states) is reset.
+
+        Args:
+            length: Tokens that still hold.
+
+        Returns:
+            Tokens kept.
+        """
+        have = self.get_seq_length()
+        if length >= have:
+            return have
+        kept = self.window_start(length)
+        if kept and all(_can_go_back(layer) for layer in self.layers):
+            self.crop(kept - have)
+            return kept
+        self.reset()
+        return 0
+
+    def vram_bytes(self) -> int:
+        """Bytes of all tensors the cache keeps alive, wherever they lie."""
+        return storage_bytes(live_tensors([vars(layer) for layer in self.layers]))
+
+    def uncompressed_bytes(self) -> int:
+        """Bytes that `DynamicCache` would hold for the same tokens."""
+        return self.memory_report().uncompressed
+
+    def compression_ratio(self) -> float:
+        """`uncompressed_bytes() / vram_bytes()`; 1.0 while empty."""
+        return self.memory_report().compression_ratio
+
+    def memory_report(self) -> MemoryReport:
+        """The bytes part by part: codes, norms, means, sinks, recent, bypassed, constants."""
+        return report(self.layers)
+
+
+def _kv_shape(config: PreTrainedConfig) -> tuple[int, int] | None:
+    """Heads and head size that every layer of the model shares, or None."""
+    shapes = {_layer_shape(layer) for layer in getattr(config, "per_layer_config", None) or [config]}
+    return shapes.pop() if len(shapes) == 1 else None
+
+
+def _layer_shape(config: PreTrainedConfig) -> tuple[int, int] | None:
+    q_heads = getattr(config, "num_attention_heads", None)
+    heads = getattr(config, "num_key_value_heads", None) or q_heads
+    head_dim = getattr(config, "head_dim", None)
+    if head_dim is None and q_heads:
+        head_dim = config.hidden_size // q_heads
+    return (heads, head_dim) if isinstance(heads, int) and isinstance(head_dim, int) else None
+
+
+def _reason(layer: object) -> str:
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        return "sliding window"
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        return "linear attention"
+    return f"{type(layer).__name__} of transformers"
+
+
+def _can_go_back(layer: Any) -> bool:
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        return False
+    return not isinstance(layer, DynamicSlidingWindowLayer) or layer.get_seq_length() < layer.sliding_window

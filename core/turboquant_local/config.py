@@ -1,0 +1,171 @@
+"""How a KV cache is compressed: `TurboQuantConfig` and the named presets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Final, Literal, cast
+
+from turboquant_local.errors import ConfigError
+
+Rotation = Literal["auto", "hadamard", "dense"]
+Scale = Literal["unbiased", "least_error", "norm"]
+
+BITS: Final = (1, 2, 3, 4, 8, 16)
+"""Bits a coordinate can be stored in; 16 keeps the model's own dtype (the identity codec)."""
+
+ROTATIONS: Final = ("auto", "hadamard", "dense")
+SCALES: Final = ("unbiased", "least_error", "norm")
+
+BLOCK_LENGTH: Final = 32
+"""Tokens that leave the recent window together and are packed as one block."""
+
+ALL_LAYERS: Final = 1_000_000
+"""As `skip_first_layers`: no layer is compressed."""
+
+_DEFAULTS: Final[dict[str, object]] = {
+    "k_bits": 4,
+    "v_bits": 4,
+    "sink_length": 4,
+    "residual_length": 128,
+    "rotation": "auto",
+    "scale": "unbiased",
+    "center_keys": True,
+    "skip_first_layers": 0,
+    "skip_last_layers": 0,
+    "seed": 0,
+}
+
+PRESETS: Final[Mapping[str, Mapping[str, object]]] = {
+    # Ours: sinks, recent window, unbiased scale and key centering around the codes.
+    "balanced": {},
+    "compact": {"k_bits": 3, "v_bits": 3},
+    "extreme": {"k_bits": 3, "v_bits": 2},
+    # Algorithm 1 of the paper alone, with nothing added.
+    "paper": {"sink_length": 0, "residual_length": 0, "scale": "norm", "center_keys": False},
+    # vLLM's names for the same bits, with our sinks, window, scale and centering.
+    "turboquant_k8v4": {"k_bits": 8, "v_bits": 4},
+    "turboquant_4bit_nc": {"k_bits": 4, "v_bits": 4},
+    "turboquant_k3v4_nc": {"k_bits": 3, "v_bits": 4},
+    "turboquant_3bit_nc": {"k_bits": 3, "v_bits": 3},
+    # The same blocks with nothing lost: for tests of equality.
+    "identity": {"k_bits": 16, "v_bits": 16},
+    # transformers' own layers and attention: the baseline of every comparison.
+    "uncompressed": {"k_bits": 16, "v_bits": 16, "skip_first_layers": ALL_LAYERS},
+}
+
+
+_FROM_PRESET: Final[Any] = None
+"""Default of a field: `__post_init__` puts the preset's value in its place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurboQuantConfig:
+    """How keys and values are stored. A field left at None takes the preset's value.
+
+    Attributes:
+        preset: A name in `PRESETS`; the other fields override it one by one.
+        k_bits: Bits per key coordinate, one of 1, 2, 3, 4, 8, 16 (16: the model's dtype, nothing lost).
+        v_bits: The same for values.
+        sink_length: First tokens that stay in the model's dtype (attention sinks).
+        residual_length: Most recent tokens that stay in the model's dtype, at most. Tokens leave the window in
+            blocks of `block_length`.
+        rotation: "hadamard" (randomized; needs a head size of 2^k or 3*2^k), "dense" (a random orthogonal
+            matrix, any head size), or "auto": hadamard where it exists, else dense.
+        scale: What is stored beside the codes, per token and head: "unbiased", |x|^2 / <x, x̂>: inner products
+            without bias; "least_error", <x, x̂> / |x̂|^2: the least squared error; "norm", |x|, as in the paper.
+        center_keys: Subtract a mean key per head before quantising. Softmax does not see a constant shift, so
+            this costs nothing and rescues models with a bias on keys (Qwen2, Qwen2.5).
+        skip_first_layers: Attention layers at the start that are left uncompressed.
+        skip_last_layers: The same at the end.
+        seed: Seed of the rotation.
+
+    Raises:
+        ConfigError: An unknown preset, or a value outside its range.
+    """
+
+    preset: str = "balanced"
+    k_bits: int = _FROM_PRESET
+    v_bits: int = _FROM_PRESET
+    sink_length: int = _FROM_PRESET
+    residual_length: int = _FROM_PRESET
+    rotation: Rotation = _FROM_PRESET
+    scale: Scale = _FROM_PRESET
+    center_keys: bool = _FROM_PRESET
+    skip_first_layers: int = _FROM_PRESET
+    skip_last_layers: int = _FROM_PRESET
+    seed: int = _FROM_PRESET
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.preset, str) or self.preset not in PRESETS:
+            raise ConfigError(
+                f"preset={self.preset!r}: expected one of {', '.join(PRESETS)}{_closest(self.preset, PRESETS)}"
+            )
+        for name, value in (_DEFAULTS | dict(PRESETS[self.preset])).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        for name, choices in (("k_bits", BITS), ("v_bits", BITS), ("rotation", ROTATIONS), ("scale", SCALES)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or value not in cast(tuple[object, ...], choices):
+                raise ConfigError(f"{name}={value!r}: expected one of {', '.join(map(str, choices))}")
+        for name in ("sink_length", "residual_length", "skip_first_layers", "skip_last_layers", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ConfigError(f"{name}={value!r}: expected an integer of 0 or more")
+        if not isinstance(self.center_keys, bool):
+            raise ConfigError(f"center_keys={self.center_keys!r}: expected True or False")
+
+    @classmethod
+    def parse(cls, value: TurboQuantConfig | Mapping[str, Any] | str | None = None, **fields: Any) -> TurboQuantConfig:
+        """Build a config from what a user may write: a config, a dict of fields, a preset's name, or nothing.
+
+        Args:
+            value: The settings; None means the preset "balanced".
+            fields: Fields that override those of `value`.
+
+        Raises:
+            ConfigError: An unknown field or preset, or a value outside its range.
+        """
+        if isinstance(value, cls):
+            return dataclasses.replace(value, **_known(fields)) if fields else value
+        if isinstance(value, str):
+            value = {"preset": value}
+        if value is not None and not isinstance(value, Mapping):
+            raise ConfigError(
+                f"kv_cache={value!r}: expected a preset's name, a dict of fields or a TurboQuantConfig, "
+                f"not {type(value).__name__}"
+            )
+        return cls(**_known({**(value or {}), **fields}))
+
+    def to_dict(self) -> dict[str, str | int | bool]:
+        """All fields as plain values; `parse` reads them back."""
+        return dataclasses.asdict(self)
+
+    @property
+    def block_length(self) -> int:
+        """Tokens that are packed together."""
+        return min(BLOCK_LENGTH, max(self.residual_length, 1))
+
+    def packed_length(self, length: int) -> int:
+        """Tokens in packed storage once a sequence has `length` tokens (sinks and recent window are the rest)."""
+        kept_back = (
+            self.sink_length + self.residual_length - self.block_length if self.residual_length else self.sink_length
+        )
+        return max(0, length - kept_back) // self.block_length * self.block_length
+
+
+def _known(fields: Mapping[str, Any]) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(TurboQuantConfig)]
+    for name in fields:
+        if name not in names:
+            raise ConfigError(
+                f"{name}: no such field of the KV cache{_closest(name, names)}; known: {', '.join(names)}"
+            )
+    return dict(fields)
+
+
+def _closest(name: object, known: Mapping[str, object] | list[str]) -> str:
+    match = get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {match[0]!r}?)" if match else ""

@@ -1,0 +1,1 @@
+"""Operations on packed keys and values; `api` is the only door."""

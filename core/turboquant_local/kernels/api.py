@@ -1,0 +1,128 @@
+"""The one door to the operations: meaning, shape checks and the choice of implementation.
+
+An implementation asked for by name is used or refused with the reason, never quietly replaced.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Final
+
+import torch
+
+from turboquant_local.codec.quantizer import Quantizer
+from turboquant_local.errors import BackendError, CacheError
+from turboquant_local.kernels import reference
+from turboquant_local.kernels.layout import KVView, PackedKV
+
+_IMPLEMENTATIONS: Final[dict[str, ModuleType]] = {"reference": reference}
+
+
+def choose(impl: str = "auto") -> str:
+    """The name of the implementation that will run.
+
+    Args:
+        impl: "auto", or a name to insist on.
+
+    Raises:
+        BackendError: There is no such implementation here.
+    """
+    if impl == "auto":
+        return "reference"
+    if impl not in _IMPLEMENTATIONS:
+        raise BackendError(f"impl={impl!r}: this installation has {', '.join(_IMPLEMENTATIONS)}; use one, or 'auto'")
+    return impl
+
+
+def quantize_kv(
+    x: torch.Tensor, quantizer: Quantizer, mean: torch.Tensor | None = None, *, impl: str = "auto"
+) -> PackedKV:
+    """Pack keys or values.
+
+    Args:
+        x: `[batch, num_kv_heads, tokens, head_dim]`, any float dtype.
+        quantizer: The codec, for this head size.
+        mean: `[batch, num_kv_heads, 1, head_dim]` to subtract first.
+        impl: Implementation.
+
+    Raises:
+        CacheError: The head size is not the quantizer's.
+        BackendError: See `choose`.
+    """
+    if x.dim() != 4 or x.shape[-1] != quantizer.head_dim:
+        raise CacheError(
+            f"x of shape {tuple(x.shape)}: expected [batch, num_kv_heads, tokens, {quantizer.head_dim}]; "
+            "build the quantizer for this head size"
+        )
+    packed: PackedKV = _IMPLEMENTATIONS[choose(impl)].quantize_kv(x, quantizer, mean)
+    return packed
+
+
+def dequantize_kv(packed: PackedKV, dtype: torch.dtype, *, impl: str = "auto") -> torch.Tensor:
+    """Unpack keys or values: `[batch, num_kv_heads, tokens, head_dim]` in `dtype`.
+
+    Raises:
+        BackendError: See `choose`.
+    """
+    x: torch.Tensor = _IMPLEMENTATIONS[choose(impl)].dequantize_kv(packed, dtype)
+    return x
+
+
+def attention(
+    query: torch.Tensor,
+    keys: KVView,
+    values: KVView,
+    *,
+    mask: torch.Tensor | None = None,
+    causal: bool = True,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Attend over sinks, packed tokens and recent window, without decompressing the packed ones as a whole.
+
+    Args:
+        query: `[batch, num_q_heads, q_length, head_dim]`; num_q_heads is a multiple of num_kv_heads.
+        keys: Keys of kv_length tokens, oldest first.
+        values: Their values.
+        mask: `[batch or 1, num_q_heads or 1, q_length or 1, kv_length or more]`: bool (True: visible) or float,
+            added to the scores.
+        causal: Without a mask, the last query sees all keys, the one before it all but the last, and so on.
+        scaling: Factor of the scores; head_dim ** -0.5 when None.
+        softcap: Scores become softcap * tanh(scores / softcap) (Gemma 2).
+        sink_logits: `[num_q_heads]` logits that take part in the softmax and carry no value (gpt-oss).
+        impl: Implementation.
+
+    Returns:
+        `[batch, num_q_heads, q_length, v_head_dim]` in the query's dtype. A query that may see nothing gets 0.
+
+    Raises:
+        CacheError: Shapes that do not fit together.
+        BackendError: See `choose`.
+    """
+    batch, q_heads, q_length, head_dim = query.shape
+    if (
+        (batch, head_dim) != (keys.shape[0], keys.shape[3])
+        or q_heads % keys.shape[1]
+        or keys.shape[:3] != values.shape[:3]
+    ):
+        raise CacheError(
+            f"query {tuple(query.shape)}, keys {keys.shape}, values {values.shape}: expected one batch size "
+            "and head_dim, as many keys as values, and a multiple of their heads as queries"
+        )
+    if mask is not None and (mask.dim() != 4 or mask.shape[-1] < keys.shape[2]):
+        raise CacheError(f"mask {tuple(mask.shape)}: expected 4 dimensions, the last of {keys.shape[2]} keys or more")
+    if values.packed is not None and values.packed.mean is not None:
+        raise CacheError("values.packed.mean: only keys can be centred; quantize the values without a mean")
+    out: torch.Tensor = _IMPLEMENTATIONS[choose(impl)].attention(
+        query,
+        keys,
+        values,
+        mask=mask,
+        causal=causal and mask is None and q_length > 1,
+        scaling=head_dim**-0.5 if scaling is None else scaling,
+        softcap=softcap,
+        sink_logits=sink_logits,
+    )
+    return out
