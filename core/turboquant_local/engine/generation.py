@@ -1,0 +1,171 @@
+"""One reply: prefill what is new of the prompt, decode token by token, and turn tokens into events."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from turboquant_local.cache import TurboQuantCache
+from turboquant_local.config import TurboQuantConfig
+from turboquant_local.engine.loading import LoadedModel
+from turboquant_local.engine.metrics import collect_metrics, peak_memory, start_peak_memory
+from turboquant_local.engine.prompt_cache import PromptCache
+from turboquant_local.engine.request import Request
+from turboquant_local.engine.text import StopStrings, TokenDecoder
+from turboquant_local.engine.types import ChatReply, FinishReason, ReasoningDelta, TextDelta, ToolCallDelta, Usage
+
+Delta = TextDelta | ReasoningDelta | ToolCallDelta
+Emit = Callable[[Delta], None]
+
+
+class ReplyReader(StoppingCriteria):
+    """Reads each token as soon as it is chosen: emits what it adds to the reply and says whether to go on.
+
+    This is a stopping criterion rather than a streamer: `generate` asks the criteria first, so a stop string or a
+    cancellation is seen with the very token it falls on.
+    """
+
+    def __init__(self, request: Request, tokenizer: Any, emit: Emit) -> None:
+        self.token_ids: list[int] = []
+        self.reasoning_tokens = 0
+        self.end: FinishReason | None = None
+        self._request = request
+        self._decoder = TokenDecoder(tokenizer)
+        self._stops = StopStrings(request.sampling.stop)
+        self._emit = emit
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Read the newest of the ids [1, length]; returns [1], True to stop."""
+        # On some devices `generate` runs one step past the end before it looks, and undoes that step.
+        if self.end is None:
+            self._read(int(input_ids[0, -1]))
+        return torch.tensor([self.end is not None], device=input_ids.device)
+
+    def finish(self) -> None:
+        """Emit what was held back: half a character, or the beginning of what might have become a stop string."""
+        self._emit_text(self._stops.push(self._decoder.flush()) + self._stops.flush())
+        for delta in self._request.parser.finish():
+            self._emit(delta)
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the reply ended; "length" if `generate` itself ended it."""
+        return "tool_calls" if self._request.parser.tool_calls else self.end or "length"
+
+    def _read(self, token_id: int) -> None:
+        request = self._request
+        request.stopwatch.token()
+        self.token_ids.append(token_id)
+        was_in_reasoning = request.parser.in_reasoning
+        if token_id in request.sampling.end_ids:
+            self.end = "stop"
+        else:
+            self._emit_text(self._stops.push(self._decoder.push(token_id)))
+            if self._stops.stopped:
+                self.end = "stop"
+            elif len(self.token_ids) >= request.sampling.config.max_new_tokens:
+                self.end = "length"
+            elif request.is_cancelled():
+                self.end = "cancelled"
+        self.reasoning_tokens += was_in_reasoning or request.parser.in_reasoning
+
+    def _emit_text(self, text: str) -> None:
+        if text:
+            for delta in self._request.parser.push(text):
+                self._emit(delta)
+
+
+def generate_reply(loaded: LoadedModel, kept: PromptCache, request: Request, emit: Emit) -> ChatReply:
+    """Generate one reply and leave its tokens in the kept cache.
+
+    An error leaves no cache behind, as its layers may be uneven.
+
+    Args:
+        loaded: The model.
+        kept: The cache of the calls before.
+        request: What to generate.
+        emit: Called with each event, as soon as it is known.
+    """
+    reader = ReplyReader(request, loaded.tokenizer, emit)
+    start_peak_memory(loaded.device)
+    try:
+        cache, cached_tokens = kept.prepare(loaded.model, request.prompt_ids)
+        _run(loaded.model, cache, cached_tokens, request, reader)
+        kept.record([*request.prompt_ids, *reader.token_ids])
+    except BaseException:
+        kept.drop()
+        raise
+    reader.finish()
+    usage = Usage(len(request.prompt_ids), len(reader.token_ids), cached_tokens, reader.reasoning_tokens)
+    return _reply(loaded, request, kept.config, reader.finish_reason, usage, tuple(reader.token_ids), cache)
+
+
+def cancelled_reply(loaded: LoadedModel, request: Request, kv_cache: TurboQuantConfig) -> ChatReply:
+    """The reply to a request that was cancelled before its turn came."""
+    return _reply(loaded, request, kv_cache, "cancelled", Usage(len(request.prompt_ids), 0), (), None)
+
+
+def _run(
+    model: Any, cache: TurboQuantCache, cached_tokens: int, request: Request, reader: ReplyReader
+) -> None:
+    prompt = torch.tensor([request.prompt_ids], device=model.device)  # [1, length]
+    # The part of the prompt that ends up packed is run first and alone. What is left is then the same, and is computed
+    # in the same way, whether or not the cache held that part already: a repeated prompt repeats its reply exactly.
+    packed = cache.window_start(prompt.shape[1] - 1)
+    if packed > cached_tokens:
+        _prefill(model, cache, prompt[:, cached_tokens:packed])
+    if request.is_cancelled():
+        reader.end = "cancelled"
+        return
+    # Given all ids and a mask of the same length, `generate` itself leaves out what the cache holds.
+    model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        past_key_values=cache,
+        generation_config=request.sampling.config,
+        logits_processor=request.sampling.processors,
+        stopping_criteria=StoppingCriteriaList([reader]),
+    )
+
+
+@torch.no_grad()
+def _prefill(model: PreTrainedModel, cache: TurboQuantCache, ids: torch.Tensor) -> None:
+    """Run ids [1, length] into the cache."""
+    # Logits of a whole prompt can be larger than the model; nobody reads them.
+    fewer_logits = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    model(input_ids=ids, past_key_values=cache, use_cache=True, **fewer_logits)
+
+
+def _reply(
+    loaded: LoadedModel,
+    request: Request,
+    kv_cache: TurboQuantConfig,
+    finish_reason: FinishReason,
+    usage: Usage,
+    token_ids: tuple[int, ...],
+    cache: TurboQuantCache | None,
+) -> ChatReply:
+    metrics = collect_metrics(
+        request.stopwatch,
+        usage,
+        cache,
+        kv_cache,
+        device=loaded.device,
+        dtype=loaded.model.dtype,
+        peak_device_memory=peak_memory(loaded.device),
+    )
+    parser = request.parser
+    return ChatReply(
+        text=parser.text,
+        reasoning=parser.reasoning,
+        tool_calls=tuple(parser.tool_calls),
+        finish_reason=finish_reason,
+        usage=usage,
+        metrics=metrics,
+        token_ids=token_ids,
+        first_token_at=request.stopwatch.first_token_at,
+    )

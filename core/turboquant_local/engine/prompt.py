@@ -1,0 +1,220 @@
+"""From messages and tools to the token ids of a prompt, through the model's chat template."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from turboquant_local.engine.tool_schema import tool_dicts
+from turboquant_local.engine.types import GenerationOptions, Message, Tool
+from turboquant_local.errors import ChatTemplateError, EmptyConversationError, GenerationOptionError, PromptError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Arguments of `apply_chat_template` that are no variables of a template: rendering decides them.
+_RESERVED: Final = frozenset(
+    {
+        "conversation",
+        "tools",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+    }
+)
+_SHORT_ID: Final = re.compile(r"[a-zA-Z0-9]{9}")
+_WANTS_SHORT_IDS: Final = re.compile(r"length (of )?9\b")
+_THINK_TAIL_TOKENS: Final = 16
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Tool] = (),
+    options: GenerationOptions,
+    chat_template: str | None = None,
+) -> list[int]:
+    """Renders a conversation, with the opening of the assistant's turn at its end.
+
+    The ids come straight from the template: no BOS is added to the one that a template may write.
+
+    Args:
+        tokenizer: The model's tokenizer, with its chat template.
+        messages: The conversation, oldest first.
+        tools: What the model may call.
+        options: `enable_thinking` and `template_kwargs` reach the template, each only when given.
+        chat_template: A Jinja template, or the name of one of the tokenizer's, in place of its default.
+
+    Returns:
+        The prompt's token ids.
+
+    Raises:
+        EmptyConversationError: There is no message.
+        ToolSchemaError: A tool's name or schema is broken.
+        PromptError: A tool result that answers no earlier call.
+        GenerationOptionError: A name in `template_kwargs` is no template variable.
+        ChatTemplateError: There is no template, it refuses the messages, or it leaves the tools out.
+    """
+    if not messages:
+        raise EmptyConversationError("messages: expected at least one message, got none; add a user message to answer")
+    functions = tool_dicts(tools)
+    conversation = _conversation(messages)
+    variables = _variables(options, chat_template)
+    if functions:
+        _require_tools_shown(tokenizer, conversation, functions, variables)
+    return cast(list[int], _apply(tokenizer, conversation, functions, variables, tokenize=True))
+
+
+def opens_reasoning(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> bool:
+    """Whether the prompt ends inside a thinking block that the template opened, so that the reply starts in it."""
+    tail = tokenizer.decode(list(prompt_ids[-_THINK_TAIL_TOKENS:]), skip_special_tokens=False)
+    return str(tail).rstrip().endswith("<think>")
+
+
+def _conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages as transformers' chat templates read them."""
+    made: dict[str, str] = {}  # id of an earlier call -> name of its tool
+    conversation: list[dict[str, Any]] = []
+    for position, message in enumerate(messages):
+        entry: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.name is not None:
+            entry["name"] = message.name
+        if message.reasoning:
+            entry["reasoning_content"] = message.reasoning
+        if message.role == "tool":
+            # Some templates label a result by its tool's name, which the call knows even when the result does not.
+            entry["name"] = _answered_tool(message, position, made)
+            entry["tool_call_id"] = message.tool_call_id or ""
+        elif message.tool_calls:
+            made.update({call.id: call.name for call in message.tool_calls})
+            entry["tool_calls"] = [
+                {"type": "function", "id": call.id, "function": {"name": call.name, "arguments": dict(call.arguments)}}
+                for call in message.tool_calls
+            ]
+        conversation.append(entry)
+    return conversation
+
+
+def _answered_tool(message: Message, position: int, made: Mapping[str, str]) -> str:
+    call_id = message.tool_call_id or ""
+    if call_id in made:
+        return message.name or made[call_id]
+    raise PromptError(
+        f"messages[{position}].tool_call_id={message.tool_call_id!r}: no earlier assistant message made this call "
+        f"(calls made: {', '.join(map(repr, made)) or 'none'}); keep the assistant message with its tool_calls before "
+        "the result"
+    )
+
+
+def _variables(options: GenerationOptions, chat_template: str | None) -> dict[str, Any]:
+    """The keyword arguments of `apply_chat_template`, with nothing in them that was not asked for."""
+    for name in options.template_kwargs:
+        if name in _RESERVED:
+            raise GenerationOptionError(
+                f"template_kwargs[{name!r}]: expected a variable of the chat template, got an argument that rendering "
+                "sets itself; leave it out"
+            )
+    variables = dict(options.template_kwargs)
+    if options.enable_thinking is not None:
+        variables["enable_thinking"] = options.enable_thinking
+    if chat_template is not None:
+        variables["chat_template"] = chat_template
+    return variables
+
+
+def _require_tools_shown(
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: list[dict[str, Any]],
+    functions: list[dict[str, Any]],
+    variables: Mapping[str, Any],
+) -> None:
+    """Many templates ignore tools without a word; then the model would never learn of them."""
+    text = cast(str, _apply(tokenizer, conversation, functions, variables, tokenize=False))
+    missing = [function["function"]["name"] for function in functions if function["function"]["name"] not in text]
+    if not missing:
+        try:
+            bare = _apply(tokenizer, conversation, [], variables, tokenize=False)
+        except ChatTemplateError:
+            return
+        if bare != text:
+            return
+        # The names stand in the messages only.
+        missing = [function["function"]["name"] for function in functions]
+    raise ChatTemplateError(
+        f"tools: the chat template leaves out {', '.join(missing)}, so the model would not know of them; "
+        "use a model whose template supports tools, or pass chat_template=..."
+    )
+
+
+def _apply(
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: list[dict[str, Any]],
+    functions: list[dict[str, Any]],
+    variables: Mapping[str, Any],
+    *,
+    tokenize: bool,
+    short_ids: bool = False,
+) -> str | list[int]:
+    try:
+        rendered = tokenizer.apply_chat_template(
+            _with_short_ids(conversation) if short_ids else conversation,
+            tools=cast(Any, functions) or None,
+            add_generation_prompt=True,
+            tokenize=tokenize,
+            return_dict=False,
+            **variables,
+        )
+    except Exception as error:
+        # A template runs code of its own, so that anything can come out of it.
+        if not short_ids and _WANTS_SHORT_IDS.search(str(error)):
+            return _apply(tokenizer, conversation, functions, variables, tokenize=tokenize, short_ids=True)
+        raise ChatTemplateError(_refusal(tokenizer, conversation, variables, error)) from error
+    return cast("str | list[int]", rendered)
+
+
+def _with_short_ids(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mistral's templates insist on call ids of nine letters or digits; the same id always gives the same nine."""
+
+    def short(call_id: str) -> str:
+        return call_id if _SHORT_ID.fullmatch(call_id) else hashlib.sha256(call_id.encode()).hexdigest()[:9]
+
+    shortened = []
+    for message in conversation:
+        entry = dict(message)
+        if "tool_call_id" in entry:
+            entry["tool_call_id"] = short(entry["tool_call_id"])
+        if "tool_calls" in entry:
+            entry["tool_calls"] = [call | {"id": short(call["id"])} for call in entry["tool_calls"]]
+        shortened.append(entry)
+    return shortened
+
+
+def _refusal(
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: list[dict[str, Any]],
+    variables: Mapping[str, Any],
+    error: Exception,
+) -> str:
+    if "chat_template" not in variables and not getattr(tokenizer, "chat_template", None):
+        return (
+            f"{getattr(tokenizer, 'name_or_path', '') or 'the model'} has no chat template, so it is probably a base "
+            "model; use its instruct or chat version, or pass chat_template='<a Jinja template>'"
+        )
+    reason = str(error) or type(error).__name__
+    if any(message["role"] == "system" for message in conversation) and "system" in reason.lower():
+        way_out = "this model takes no system message there: put its text into the first user message"
+    else:
+        way_out = "change the messages, set a missing variable with template_kwargs, or pass chat_template=..."
+    roles = ", ".join(message["role"] for message in conversation[:8]) + (", ..." if len(conversation) > 8 else "")
+    return f"the chat template refuses the messages (roles: {roles}): {reason!r}; {way_out}"

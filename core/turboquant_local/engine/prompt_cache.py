@@ -1,0 +1,75 @@
+"""The KV cache that an engine keeps between calls, with the token ids it holds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cache
+from itertools import takewhile
+
+from transformers import PreTrainedModel
+
+from turboquant_local.cache import TurboQuantCache
+from turboquant_local.config import TurboQuantConfig
+
+logger = logging.getLogger(__name__)
+
+
+class PromptCache:
+    """Keeps the KV cache of the last generation, so that the next prompt computes only what is new in it.
+
+    Args:
+        config: How keys and values are stored.
+    """
+
+    def __init__(self, config: TurboQuantConfig) -> None:
+        self.config = config
+        self.cache: TurboQuantCache | None = None
+        self.ids: list[int] = []
+
+    def prepare(self, model: PreTrainedModel, prompt_ids: Sequence[int]) -> tuple[TurboQuantCache, int]:
+        """Keep what the cache shares with a prompt and drop the rest.
+
+        Returns:
+            The cache, and how many tokens of the prompt it holds: always fewer than the prompt has, as the last
+            token must be run to get its logits.
+        """
+        if self.cache is None:
+            self.cache = TurboQuantCache(model.config, kv_cache=self.config)
+            self._log_bypassed(model, self.cache)
+        self.cache.stats.reset()
+        held = len(self.ids)
+        common = sum(
+            1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.ids, prompt_ids[:-1], strict=False))
+        )
+        kept = common if common == held else self.cache.rewind(common)
+        self.ids = self.ids[:kept]
+        return self.cache, kept
+
+    def record(self, ids: Sequence[int]) -> None:
+        """Note the ids that were run: the cache holds all but the last ones, which no step has fed back."""
+        assert self.cache is not None
+        self.ids = list(ids[: self.cache.get_seq_length()])
+
+    def drop(self) -> None:
+        """Forget the cache. Also the answer to an error inside a forward pass, which leaves layers uneven."""
+        self.cache, self.ids = None, []
+
+    def vram_bytes(self) -> int:
+        """Bytes that the kept cache holds."""
+        kept = self.cache
+        return kept.vram_bytes() if kept is not None else 0
+
+    def _log_bypassed(self, model: PreTrainedModel, kept: TurboQuantCache) -> None:
+        # Layers that the settings themselves skip are no surprise.
+        layers = {layer: reason for layer, reason in kept.bypassed.items() if not reason.startswith("skip_")}
+        if layers:
+            _log_once(
+                f"{model.config.model_type}: {len(layers)} of {len(kept.layers)} layers keep an uncompressed cache: "
+                + ", ".join(f"{layer} ({reason})" for layer, reason in layers.items())
+            )
+
+
+@cache
+def _log_once(message: str) -> None:
+    logger.warning(message)

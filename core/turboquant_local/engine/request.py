@@ -1,0 +1,71 @@
+"""A request that was checked and is ready to be generated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from turboquant_local.engine.loading import LoadedModel
+from turboquant_local.engine.metrics import Stopwatch
+from turboquant_local.engine.parsing import ReplyParser
+from turboquant_local.engine.prompt import opens_reasoning
+from turboquant_local.engine.sampling import Sampling, resolve_sampling
+from turboquant_local.engine.types import GenerationOptions, Tool, ToolCall
+from turboquant_local.errors import ContextLengthError
+
+ToolParser: TypeAlias = Callable[[str], Sequence[ToolCall] | None]
+"""Reads the tool calls of a whole reply; None or nothing if it has none."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one generation needs besides the model and the cache.
+
+    Attributes:
+        prompt_ids: The rendered prompt.
+        sampling: How tokens are chosen and what ends the reply.
+        parser: Splits this reply into text, thinking and tool calls.
+        stopwatch: Started when the request came.
+        is_cancelled: Asked after each token.
+    """
+
+    prompt_ids: list[int]
+    sampling: Sampling
+    parser: ReplyParser
+    stopwatch: Stopwatch
+    is_cancelled: Callable[[], bool]
+
+
+def prepare_request(
+    loaded: LoadedModel,
+    prompt_ids: list[int],
+    *,
+    options: GenerationOptions,
+    tools: Sequence[Tool],
+    tool_parser: ToolParser | None,
+    stopwatch: Stopwatch,
+    is_cancelled: Callable[[], bool],
+) -> Request:
+    """Check that the prompt fits, and settle how its reply is sampled and parsed.
+
+    Raises:
+        ContextLengthError: The prompt leaves no room for a reply.
+        GenerationOptionError: An option that the model or transformers refuses.
+    """
+    room = loaded.context_length - len(prompt_ids)
+    if room < 1:
+        raise ContextLengthError(
+            f"messages: the prompt has {len(prompt_ids)} tokens, the model's context has {loaded.context_length}, and "
+            "the reply needs at least one; shorten the messages, drop old turns, or use a model with a longer context"
+        )
+    sampling = resolve_sampling(
+        options, loaded.defaults, room=room, eos_token_id=loaded.tokenizer.eos_token_id, device=loaded.device
+    )
+    parser = ReplyParser(
+        tools=tools,
+        starts_in_reasoning=opens_reasoning(loaded.tokenizer, prompt_ids),
+        tokenizer=loaded.tokenizer,
+        tool_parser=tool_parser,
+    )
+    return Request(prompt_ids, sampling, parser, stopwatch, is_cancelled)

@@ -1,0 +1,85 @@
+"""The attention as transformers calls it: handles, plain tensors, and what neither path can do."""
+
+import pytest
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, Gemma2Config, Gemma2ForCausalLM
+from transformers.models.gemma2 import modeling_gemma2
+
+from turboquant_local import TurboQuantCache
+from turboquant_local.attention import turboquant_attention
+from turboquant_local.cache import KVHandle
+from turboquant_local.errors import BackendError
+
+SETTINGS = {"preset": "identity", "sink_length": 2, "residual_length": 8}
+
+
+@pytest.fixture
+def model() -> Gemma2ForCausalLM:
+    """Softcap, and layers that slide beside layers that do not."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, sliding_window=16, attn_logit_softcapping=5.0, attn_implementation="eager",
+    )  # fmt: skip
+    return Gemma2ForCausalLM(config).eval()
+
+
+def run(model: Gemma2ForCausalLM, cache: DynamicCache, ids: torch.Tensor, **kwargs: object) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [model(part, past_key_values=cache, **kwargs).logits for part in ids.split([40, 9, 1], dim=1)]
+
+
+def test_is_registered_with_its_mask() -> None:
+    assert AttentionInterface()["turboquant"] is turboquant_attention
+    assert AttentionMaskInterface()["turboquant"] is not None
+
+
+def test_prefill_chunk_and_decode_equal_the_models_own_attention(model: Gemma2ForCausalLM) -> None:
+    ids = torch.randint(0, 64, (2, 50), generator=torch.Generator().manual_seed(1))
+    expected = run(model, DynamicCache(config=model.config), ids)
+    cache = TurboQuantCache(model.config, SETTINGS)
+    for ours, theirs in zip(run(model, cache, ids), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-4)
+    assert cache.stats.attention == {"exact": 2, "reference": 4}  # two full-attention layers, three calls
+    assert cache.stats.materialized == 0
+    assert cache.bypassed == {"0": "sliding window", "2": "sliding window"}
+
+
+def test_another_cache_works_with_the_registered_attention(model: Gemma2ForCausalLM) -> None:
+    ids = torch.randint(0, 64, (1, 50), generator=torch.Generator().manual_seed(1))
+    expected = run(model, DynamicCache(config=model.config), ids)
+    model.set_attn_implementation("turboquant")
+    for ours, theirs in zip(run(model, DynamicCache(config=model.config), ids), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-4)
+
+
+def test_another_attention_works_with_the_cache_and_is_counted(model: Gemma2ForCausalLM) -> None:
+    ids = torch.randint(0, 64, (1, 50), generator=torch.Generator().manual_seed(1))
+    expected = run(model, DynamicCache(config=model.config), ids)
+    cache = TurboQuantCache(model.config, SETTINGS, set_attention=False)
+    assert model.config._attn_implementation == "eager"
+    for ours, theirs in zip(run(model, cache, ids), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-4)
+    assert cache.stats.materialized == 8  # keys and values, two layers, two calls on packed tokens
+
+
+def test_asking_for_weights_gives_them_from_the_models_own_attention(model: Gemma2ForCausalLM) -> None:
+    keys, values = torch.randn(2, 1, 2, 30, 32, generator=torch.Generator().manual_seed(2))
+    layer = TurboQuantCache(model.config, SETTINGS).layers[1]
+    layer.update(keys, values)
+    module = model.model.layers[1].self_attn
+    query = torch.randn(1, 4, 1, 32, generator=torch.Generator().manual_seed(3))
+    assert isinstance(layer.keys, KVHandle)
+    out, weights = turboquant_attention(module, query, layer.keys, layer.values, None, output_attentions=True)
+    packed, _ = turboquant_attention(module, query, layer.keys, layer.values, None)
+    assert weights is not None
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 4, 1))
+    torch.testing.assert_close(out, packed, atol=1e-5, rtol=1e-4)
+
+
+def test_what_no_path_can_do_is_refused(monkeypatch: pytest.MonkeyPatch, model: Gemma2ForCausalLM) -> None:
+    monkeypatch.delattr(modeling_gemma2, "eager_attention_forward")
+    module = model.model.layers[1].self_attn
+    x = torch.zeros(1, 2, 3, 32)
+    with pytest.raises(BackendError, match=r"Gemma2Attention: .*use DynamicCache with this model"):
+        turboquant_attention(module, x, x, x, None, softcap=5.0)
