@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from turboquant_local.codec.centering import key_mean
 from turboquant_local.codec.quantizer import Quantizer
 from turboquant_local.config import TurboQuantConfig
 from turboquant_local.kernels import api
@@ -40,7 +41,7 @@ def settle(view: KVView, config: TurboQuantConfig, quantizer: Quantizer, center:
         view: May hold tensors that belong to the model; they are copied.
         config: How many tokens stay unpacked.
         quantizer: The codec.
-        center: Subtract the mean of the first tokens behind the sinks.
+        center: Subtract the `key_mean` of the first tokens behind the sinks.
     """
     packed = view.packed
     count = config.packed_length(view.shape[2]) - (packed.length if packed else 0)
@@ -52,8 +53,7 @@ def settle(view: KVView, config: TurboQuantConfig, quantizer: Quantizer, center:
         mean = None
         if center:
             # Always of the same tokens, so that the codes do not depend on how the prompt arrived.
-            first = recent[:, :, : max(config.residual_length, config.block_length)]
-            mean = first.float().mean(dim=2, keepdim=True).to(first.dtype)
+            mean = key_mean(recent[:, :, : max(config.residual_length, config.block_length)])
         packed = api.quantize_kv(recent[:, :, :count], quantizer, mean)
     else:
         new = api.quantize_kv(recent[:, :, :count], quantizer, packed.mean)
