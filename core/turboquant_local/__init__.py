@@ -3,7 +3,8 @@
 from turboquant_local import attention  # noqa: F401  registers "turboquant" with transformers
 from turboquant_local.cache import MemoryReport, TurboQuantCache, predict_bytes
 from turboquant_local.config import PRESETS, TurboQuantConfig
+from turboquant_local.engine import ChatEngine
 
 __version__ = "0.1.0"
 
-__all__ = ["PRESETS", "MemoryReport", "TurboQuantCache", "TurboQuantConfig", "predict_bytes"]
+__all__ = ["PRESETS", "ChatEngine", "MemoryReport", "TurboQuantCache", "TurboQuantConfig", "predict_bytes"]

@@ -16,7 +16,7 @@ from typing import Final
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 VOCAB_SIZE: Final = 128
 """Tokens a tiny model knows; ids 0 (padding), 1 and 2 are left out of `random_tokens`."""
@@ -66,7 +66,7 @@ _MODELS: Final[Mapping[str, tuple[str, Mapping[str, object]]]] = {
     # Attention sinks; sliding and full layers take turns.
     "gpt-oss": ("gpt_oss", {"head_dim": 32, "sliding_window": SLIDING_WINDOW, "num_local_experts": 4, **_MOE}),
     "qwen3-moe": ("qwen3_moe", {"head_dim": 32, "num_experts": 4, **_MOE}),
-    # Three of four layers keep a recurrent state instead of keys and values.
+    # Two of three layers keep a recurrent state instead of keys and values.
     "qwen3.5": (
         "qwen3_5_text",
         {
@@ -77,6 +77,19 @@ _MODELS: Final[Mapping[str, tuple[str, Mapping[str, object]]]] = {
             "linear_value_head_dim": 16,
             "linear_num_key_heads": 2,
             "linear_num_value_heads": 4,
+        },
+    ),
+    # Every layer has a recurrent state and full attention.
+    "falcon-h1": (
+        "falcon_h1",
+        {
+            "head_dim": 32,
+            "num_hidden_layers": 3,
+            "mamba_d_ssm": 64,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_d_state": 16,
+            "mamba_chunk_size": 16,
         },
     ),
     # Latent attention (MLA): keys and values of different sizes.
@@ -128,13 +141,11 @@ def tiny_model(name: str, *, seed: int = 0, **config: object) -> PreTrainedModel
     model_config = AutoConfig.for_model(model_type, **{**_COMMON, **fields, **config})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            model_config, dtype=torch.float32
-        )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
         _scale_weights(model)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
-    model.eval()  # type: ignore[no-untyped-call]
+    model.eval()
     return model
 
 
@@ -157,6 +168,19 @@ def random_tokens(batch_size: int, length: int, *, seed: int = 0) -> torch.Tenso
     """Token ids for a tiny model, [batch_size, length], without its special tokens."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB_SIZE, (batch_size, length), generator=generator)
+
+
+def random_kv(
+    config: PreTrainedConfig, batch_size: int, length: int, *, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normal keys and values for one layer, each [batch_size, num_kv_heads, length, head_dim].
+
+    With `cache.update(*random_kv(...), layer)` a long cache is filled without running a model.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (batch_size, config.num_key_value_heads, length, head_dim)
+    return torch.randn(shape, generator=generator).to(dtype), torch.randn(shape, generator=generator).to(dtype)
 
 
 def reachable_bytes(*roots: object) -> int:
@@ -211,7 +235,7 @@ def _storage(item: object) -> torch.UntypedStorage | None:
     return storage
 
 
-class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class PeakBytes(TorchDispatchMode):
     """Counts the tensor bytes alive while it is active, by storage, on any device.
 
     Counted are the storages that operations inside create (views add nothing) and, from the start, those reachable

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +20,8 @@ from turboquant_local.cache.layer import CompressedLayer, HybridLayer, PlainLaye
 from turboquant_local.config import TurboQuantConfig
 from turboquant_local.errors import CacheError
 
-logger = logging.getLogger(__name__)
+SKIPPED = "skip_first_layers or skip_last_layers"
+"""Reason of a layer that the settings themselves leave uncompressed."""
 
 ATTENTION_NAME = "turboquant"
 """Name under which the packed attention is registered with transformers."""
@@ -101,7 +101,7 @@ class TurboQuantCache(DynamicCache):
             elif everywhere is not None:
                 reason = everywhere
             elif index in skipped:
-                reason = "skip_first_layers or skip_last_layers"
+                reason = SKIPPED
             if reason is None:
                 if type(layer) is DynamicLayer:
                     layer = CompressedLayer(self.kv_cache, self.stats, self.kv_shape)
@@ -189,7 +189,7 @@ class TurboQuantCache(DynamicCache):
 
     def vram_bytes(self) -> int:
         """Bytes of all tensors the cache keeps alive, wherever they lie."""
-        return storage_bytes(live_tensors([vars(layer) for layer in self.layers]))
+        return storage_bytes(live_tensors([dict(vars(layer)) for layer in self.layers]))
 
     def uncompressed_bytes(self) -> int:
         """Bytes that `DynamicCache` would hold for the same tokens."""

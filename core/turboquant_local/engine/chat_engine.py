@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
@@ -188,7 +188,7 @@ class ChatEngine:
         tools: Sequence[Tool] = (),
         options: GenerationOptions | None = None,
         cancel: threading.Event | None = None,
-    ) -> Iterator[StreamEvent]:
+    ) -> Generator[StreamEvent, None, None]:
         """Generate a reply and yield its events as they come, `Finished` last; arguments and errors as in `chat`.
 
         Closing the iterator ends the generation after the next token.
@@ -202,7 +202,7 @@ class ChatEngine:
         tools: Sequence[Tool] = (),
         options: GenerationOptions | None = None,
         cancel: threading.Event | None = None,
-    ) -> AsyncIterator[StreamEvent]:
+    ) -> AsyncGenerator[StreamEvent, None]:
         """As `stream`, for an event loop, which is not blocked, not even by loading.
 
         Cancelling the task or closing the iterator ends the generation after the next token.
@@ -211,7 +211,7 @@ class ChatEngine:
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text alone."""
-        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def count_message_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> int:
         """Tokens of the prompt that these messages and tools make."""

@@ -109,9 +109,7 @@ def cancelled_reply(loaded: LoadedModel, request: Request, kv_cache: TurboQuantC
     return _reply(loaded, request, kv_cache, "cancelled", Usage(len(request.prompt_ids), 0), (), None)
 
 
-def _run(
-    model: Any, cache: TurboQuantCache, cached_tokens: int, request: Request, reader: ReplyReader
-) -> None:
+def _run(model: Any, cache: TurboQuantCache, cached_tokens: int, request: Request, reader: ReplyReader) -> None:
     prompt = torch.tensor([request.prompt_ids], device=model.device)  # [1, length]
     # The part of the prompt that ends up packed is run first and alone. What is left is then the same, and is computed
     # in the same way, whether or not the cache held that part already: a repeated prompt repeats its reply exactly.

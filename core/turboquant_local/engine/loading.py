@@ -72,7 +72,12 @@ class ModelSpec:
     @property
     def key(self) -> Hashable:
         """Equal for specs that load the same."""
-        return _frozen({**vars(self), "model": resolve_model(self.model), "device": self.device or default_device()})
+        resolved = {
+            "model": resolve_model(self.model),
+            "device": self.device or default_device(),
+            "dtype": self.dtype or ("auto" if "dtype" not in self.model_kwargs else None),
+        }
+        return _frozen({**vars(self), **resolved})
 
 
 @dataclass(frozen=True)
@@ -187,7 +192,7 @@ def _load(spec: ModelSpec) -> LoadedModel:
     defaults = copy.deepcopy(model.generation_config)
     # `generate` fills gaps of the config it is given from the model's own, and warns where they do not fit. Ours is
     # complete, so the model keeps none.
-    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    model.generation_config = GenerationConfig()
     return LoadedModel(model.eval(), tokenizer, defaults)
 
 

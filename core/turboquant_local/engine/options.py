@@ -78,7 +78,7 @@ _NEUTRAL: Final[Mapping[str, object]] = {
 }
 """Values of refused options that ask for what the engine does anyway."""
 
-_BLANK: Final = GenerationConfig()  # type: ignore[no-untyped-call]
+_BLANK: Final = GenerationConfig()
 
 _OWN_FIELDS: Final = tuple(
     field.name for field in dataclasses.fields(GenerationOptions) if field.name not in ("template_kwargs", "extra")

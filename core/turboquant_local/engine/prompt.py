@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _RESERVED: Final = frozenset(
     {
         "conversation",
+        "messages",
         "tools",
         "chat_template",
         "add_generation_prompt",

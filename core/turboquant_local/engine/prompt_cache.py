@@ -10,6 +10,7 @@ from itertools import takewhile
 from transformers import PreTrainedModel
 
 from turboquant_local.cache import TurboQuantCache
+from turboquant_local.cache.cache import SKIPPED
 from turboquant_local.config import TurboQuantConfig
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class PromptCache:
 
     def _log_bypassed(self, model: PreTrainedModel, kept: TurboQuantCache) -> None:
         # Layers that the settings themselves skip are no surprise.
-        layers = {layer: reason for layer, reason in kept.bypassed.items() if not reason.startswith("skip_")}
+        layers = {layer: reason for layer, reason in kept.bypassed.items() if reason != SKIPPED}
         if layers:
             _log_once(
                 f"{model.config.model_type}: {len(layers)} of {len(kept.layers)} layers keep an uncompressed cache: "

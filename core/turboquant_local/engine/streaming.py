@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator
 
 from turboquant_local.engine.types import (
     ChatReply,
@@ -41,7 +41,7 @@ class Cancellation:
         return self._own.is_set() or (self._caller is not None and self._caller.is_set())
 
 
-def stream_events(work: Work, cancel: threading.Event | None) -> Iterator[StreamEvent]:
+def stream_events(work: Work, cancel: threading.Event | None) -> Generator[StreamEvent, None, None]:
     """Run `work` in a thread and yield its events as they come; closing the iterator cancels it and waits for it.
 
     Raises:
@@ -66,7 +66,7 @@ def stream_events(work: Work, cancel: threading.Event | None) -> Iterator[Stream
         thread.join()
 
 
-async def astream_events(work: Work, cancel: threading.Event | None) -> AsyncIterator[StreamEvent]:
+async def astream_events(work: Work, cancel: threading.Event | None) -> AsyncGenerator[StreamEvent, None]:
     """The same for an event loop, which is never blocked.
 
     Raises:

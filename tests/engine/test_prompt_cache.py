@@ -1,0 +1,150 @@
+"""The kept cache: what it saves, and that nobody can tell from the answers."""
+
+from collections.abc import Callable
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from turboquant_local.engine import (
+    ChatEngine,
+    ChatReply,
+    GenerationOptions,
+    Message,
+    prompt_cache,
+)
+
+MakeEngine = Callable[..., ChatEngine]
+Ask = Callable[..., Message]
+
+CAPITAL = [Message("user", "What is the capital of France?")]
+SHORT = GenerationOptions(max_new_tokens=24)
+
+
+def same(reply: ChatReply, other: ChatReply) -> bool:
+    return (reply.text, reply.token_ids, reply.finish_reason) == (other.text, other.token_ids, other.finish_reason)
+
+
+def test_a_long_prompt_is_really_compressed(engine: ChatEngine, long_question: Ask) -> None:
+    metrics = engine.chat([long_question("Kevin Young")], options=SHORT).metrics
+    assert metrics.compression_ratio == pytest.approx(metrics.uncompressed_bytes / metrics.vram_bytes)
+    assert metrics.compression_ratio > 2
+    assert metrics.materialized == 0
+    assert sum(metrics.attention.values()) > 0
+
+
+@pytest.mark.parametrize("kv_cache", ["identity", "uncompressed"])
+@pytest.mark.parametrize("name", ["tiny-model", "llama"])
+def test_greedy_equals_plain_generate(
+    make_engine: MakeEngine,
+    random_model: Callable[[str], str],
+    model_folder: str,
+    long_question: Ask,
+    kv_cache: str,
+    name: str,
+) -> None:
+    folder = model_folder if name == "tiny-model" else random_model(name)
+    engine = make_engine(folder, kv_cache=kv_cache)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    for messages in ([long_question("Uma Kelly")], CAPITAL):
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": messages[0].content}], add_generation_prompt=True, return_tensors="pt"
+        )["input_ids"]
+        cache = DynamicCache(config=model.config)
+        plain = model.generate(prompt, past_key_values=cache, do_sample=False, max_new_tokens=40, eos_token_id=[2, 0])
+        reply = engine.chat(messages, options=GenerationOptions(max_new_tokens=40, extra={"eos_token_id": [2, 0]}))
+        assert reply.token_ids == tuple(plain[0, prompt.shape[1] :].tolist())
+
+
+@pytest.mark.parametrize("kv_cache", [None, "extreme", "paper", "uncompressed"])
+def test_a_repeated_prompt_repeats_its_reply(make_engine: MakeEngine, long_question: Ask, kv_cache: str | None) -> None:
+    engine = make_engine(kv_cache=kv_cache)
+    for messages, least in (([long_question("Chen Wilson")], 300), (CAPITAL, 0)):
+        first, second = (engine.chat(messages, options=SHORT) for _ in range(2))
+        assert same(first, second)
+        assert second.usage.cached_tokens >= least
+
+
+def test_other_prompts_after_a_long_one_are_answered_as_by_a_fresh_engine(
+    make_engine: MakeEngine, long_question: Ask
+) -> None:
+    engine = make_engine()
+    prompts = {
+        "long": [long_question("Raj Reed")],
+        "edited at the end": [long_question("Simon Reed")],
+        "shorter": [long_question("Logan Brown", last=30)],
+        "short": CAPITAL,
+        "unrelated": [Message("user", "Hello")],
+        "longer again": [long_question("Raj Reed")],
+    }
+    for name, messages in prompts.items():
+        warm = engine.chat(messages, options=SHORT)
+        assert same(warm, make_engine().chat(messages, options=SHORT)), name
+        if name == "edited at the end":
+            assert warm.usage.cached_tokens > 300
+
+
+def test_a_conversation_computes_only_its_new_tokens(make_engine: MakeEngine, long_question: Ask) -> None:
+    engine = make_engine()
+    messages = [long_question("Uma Brown")]
+    for turn, question in enumerate(("And the value of Chen Kelly?", "What is the capital of France?", "Hello")):
+        reply = engine.chat(messages, options=SHORT)
+        cold = make_engine().chat(messages, options=SHORT)
+        assert same(reply, cold)
+        assert cold.usage.cached_tokens == 0
+        if turn:
+            # Everything but the new question, and the few tokens of the template around it.
+            assert reply.usage.prompt_tokens - reply.usage.cached_tokens < engine.count_tokens(question) + 40
+        messages += [Message("assistant", reply.text), Message("user", question)]
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral", "qwen3.5"])
+def test_sliding_windows_and_recurrent_layers(
+    make_engine: MakeEngine, random_model: Callable[[str], str], long_question: Ask, name: str
+) -> None:
+    engine = make_engine(random_model(name), kv_cache="identity")
+    messages = [long_question("Raj Reed", last=20)]
+    for _ in range(2):
+        first = engine.chat(messages, options=SHORT)
+        assert same(first, make_engine(random_model(name), kv_cache="identity").chat(messages, options=SHORT))
+        messages = [*messages, Message("assistant", "I know."), Message("user", "Then say it.")]
+    assert set(first.metrics.bypassed_layers.values()) <= {"sliding window", "linear attention"}
+    assert first.metrics.bypassed_layers
+
+
+def test_layers_that_stay_uncompressed_are_mentioned_once(
+    make_engine: MakeEngine, random_model: Callable[[str], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    prompt_cache._log_once.cache_clear()
+    for kv_cache in ("balanced", "compact", "uncompressed"):
+        make_engine(random_model("gemma3"), kv_cache=kv_cache).chat(CAPITAL, options=SHORT)
+    messages = [record.message for record in caplog.records if record.name.startswith("turboquant_local")]
+    assert messages == ["gemma3_text: 2 of 4 layers keep an uncompressed cache: 0 (sliding window), 2 (sliding window)"]
+
+
+def test_an_error_inside_the_model_leaves_no_broken_cache(
+    engine: ChatEngine, gate: Callable[..., object], long_question: Ask
+) -> None:
+    messages = [long_question("Noah Young")]
+    expected = engine.chat(messages, options=SHORT)
+    assert engine._loaded is not None
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("the device fell over")
+
+    hook = engine._loaded.model.model.layers[3].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="fell over"):
+        engine.chat([*messages, Message("assistant", "?"), Message("user", "Hello")], options=SHORT)
+    hook.remove()
+    assert engine.vram_bytes() == 0
+    again = engine.chat(messages, options=SHORT)
+    assert same(again, expected)
+    assert again.usage.cached_tokens == 0
+
+
+def test_reset_drops_the_cache(engine: ChatEngine) -> None:
+    assert engine.vram_bytes() == 0
+    engine.chat(CAPITAL)
+    assert engine.vram_bytes() > 0
+    engine.reset()
+    assert engine.vram_bytes() == 0
