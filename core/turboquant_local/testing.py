@@ -47,16 +47,16 @@ _MODELS: Final[Mapping[str, tuple[str, Mapping[str, object]]]] = {
     "qwen3": ("qwen3", {"head_dim": 32}),
     # Every layer is a sliding one.
     "mistral": ("mistral", {"head_dim": 32, "sliding_window": SLIDING_WINDOW}),
-    # Softcapped scores; sliding and full layers take turns.
+    # Softcapped scores, scaled by other than the head size; sliding and full layers take turns.
     "gemma2": (
         "gemma2",
-        {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": SLIDING_WINDOW, "attn_logit_softcapping": 10.0},
+        {"head_dim": 32, "query_pre_attn_scalar": 20, "sliding_window": SLIDING_WINDOW, "attn_logit_softcapping": 10.0},
     ),
     "gemma3": (
         "gemma3_text",
         {
             "head_dim": 48,
-            "query_pre_attn_scalar": 48,
+            "query_pre_attn_scalar": 30,
             "sliding_window": SLIDING_WINDOW,
             "layer_types": ["sliding_attention", "full_attention"] * 2,
         },
@@ -157,7 +157,9 @@ def _scale_weights(model: PreTrainedModel) -> None:
             parameter.add_(1.0)
         elif name.endswith("_proj.bias"):
             parameter.normal_(std=0.3)
-        elif "embed" in name or module == "sinks":
+        elif module == "sinks":
+            parameter.normal_(mean=4.0, std=4.0)  # Scores of sharp attention: some heads mostly look away.
+        elif "embed" in name:
             parameter.normal_(std=1.0 / getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0))
         elif parameter.ndim >= 2:
             gain = next((gain for modules, gain in _GAINS if module.startswith(modules)), 1.0)

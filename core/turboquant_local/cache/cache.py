@@ -81,7 +81,9 @@ class TurboQuantCache(DynamicCache):
         super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         self.layers, self.bypassed = self._compress(self.layers)
         if set_attention and any(isinstance(layer, CompressedLayer) for layer in self.layers):
-            self._decoder_config._attn_implementation = ATTENTION_NAME
+            # An encoder-decoder's decoder config is a copy; its attention reads the whole config.
+            target = config if getattr(config, "is_encoder_decoder", False) else self._decoder_config
+            target._attn_implementation = ATTENTION_NAME
 
     def _compress(self, layers: list[Any]) -> tuple[list[Any], dict[str, str]]:
         """Put our layers in the places of transformers' full-attention layers."""

@@ -12,8 +12,8 @@ import torch
 from turboquant_local.codec.quantizer import Quantizer
 from turboquant_local.kernels.layout import KVView, PackedKV
 
-_TILE_ELEMENTS = 2**19
-"""Most float32 elements of a tile of keys, values or scores (2 MiB)."""
+_TILE_ELEMENTS = 2**17
+"""Most float32 elements of a tile of keys, values or scores (0.5 MiB): small beside the cache, and no slower."""
 
 _QUANTIZE_TOKENS = 4096
 """Tokens quantised at once; bounds the float32 copies during prefill."""

@@ -1,0 +1,152 @@
+"""Any sequence of operations: with the identity codec as in transformers, with fewer bits on the codes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache
+
+from turboquant_local.cache import KVHandle, TurboQuantCache
+from turboquant_local.testing import random_kv, tiny_model
+
+LENGTHS = {"sink_length": 2, "residual_length": 8}
+CONFIG = tiny_model("llama", num_hidden_layers=2).config
+HEADS, HEAD_DIM = CONFIG.num_key_value_heads, CONFIG.head_dim
+
+PROPERTY = settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+
+def states(batch_size: int, length: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    return random_kv(CONFIG, batch_size, length, seed=seed)
+
+
+def tensors(cache: DynamicCache, layer: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values as plain tensors."""
+    keys, values = cache.layers[layer].keys, cache.layers[layer].values
+    return tuple(x.dequantize() if isinstance(x, KVHandle) else x for x in (keys, values))
+
+
+# An operation is its name and a number, whose meaning follows from the state of the cache when it is applied.
+OPERATIONS = st.lists(
+    st.tuples(
+        st.sampled_from(
+            ["update", "update", "update", "crop", "reorder", "repeat", "select", "offload", "fork", "reset"]
+        ),
+        st.integers(min_value=0, max_value=10_000),
+    ),
+    min_size=1,
+    max_size=14,
+)
+
+
+def batch_indices(batch_size: int, number: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(number)
+    return torch.randint(0, batch_size, (batch_size,), generator=generator)
+
+
+@PROPERTY
+@given(operations=OPERATIONS, lengths=st.sampled_from([(2, 8), (0, 1), (0, 0), (3, 40), (5, 13)]))
+def test_identity_codec_follows_the_stock_cache(operations: list[tuple[str, int]], lengths: tuple[int, int]) -> None:
+    sink_length, residual_length = lengths
+    ours = TurboQuantCache(CONFIG, "identity", sink_length=sink_length, residual_length=residual_length)
+    stock, batch_size = DynamicCache(config=CONFIG), 2
+    for name, number in operations:
+        length = stock.get_seq_length()
+        if name == "update":
+            for layer in range(2):
+                new = states(batch_size, 1 + number % 23, seed=number + layer)
+                expected = stock.update(*new, layer)
+                for mine, theirs in zip(ours.update(*new, layer), expected, strict=True):
+                    assert mine.shape == theirs.shape
+                    assert torch.equal(mine + 0, theirs)
+        elif name == "reset":
+            ours.reset()
+            stock = DynamicCache(config=CONFIG)  # Before 5.23 a reset stock cache keeps its length.
+        elif length:
+            for cache in (ours, stock):
+                if name == "crop":
+                    cache.crop(-(number % (length + 1)))
+                elif name == "reorder":
+                    cache.reorder_cache(batch_indices(batch_size, number))
+                elif name == "repeat" and batch_size <= 4:
+                    cache.batch_repeat_interleave(2)
+                elif name == "select":
+                    cache.batch_select_indices(batch_indices(batch_size, number)[: 1 + number % batch_size])
+                elif name == "offload":
+                    for layer in cache.layers:
+                        layer.offload()
+                        layer.prefetch()
+            if name == "fork":
+                ours, left_behind = copy.deepcopy(ours), ours
+                left_behind.reset()
+        if stock.get_seq_length():
+            batch_size = stock.layers[0].keys.shape[0]
+        assert ours.get_seq_length() == stock.get_seq_length()
+        for layer in range(2):
+            assert ours.get_mask_sizes(7, layer) == stock.get_mask_sizes(7, layer)
+            if stock.get_seq_length():
+                for mine, theirs in zip(tensors(ours, layer), tensors(stock, layer), strict=True):
+                    assert torch.equal(mine, theirs)
+
+
+@PROPERTY
+@given(operations=OPERATIONS, bits=st.sampled_from([(4, 4), (3, 2), (1, 8), (16, 4)]), center=st.booleans())
+def test_packed_tokens_are_moved_and_never_quantised_again(
+    operations: list[tuple[str, int]], bits: tuple[int, int], center: bool
+) -> None:
+    """What is seen of a packed token stays bitwise the same for as long as it is kept."""
+    cache = TurboQuantCache(CONFIG, k_bits=bits[0], v_bits=bits[1], center_keys=center, **LENGTHS)
+    batch_size = 2
+    # Per side: what was fed, and what the cache last showed of it.
+    fed = seen = [torch.empty(batch_size, HEADS, 0, HEAD_DIM)] * 2
+
+    for name, number in operations:
+        length = fed[0].shape[2]
+        change: Callable[[torch.Tensor], torch.Tensor] | None = None
+        if name == "update":
+            new = states(batch_size, 1 + number % 23, seed=number)
+            cache.update(*new, 0)
+            fed = [torch.cat([x, y], dim=2) for x, y in zip(fed, new, strict=True)]
+            seen = [torch.cat([x, y], dim=2) for x, y in zip(seen, new, strict=True)]
+        elif not length:
+            continue
+        elif name == "crop":
+            kept = length - number % length
+            cache.layers[0].crop(kept - length)
+            change = lambda x: x[:, :, :kept]  # noqa: B023, E731
+        elif name == "reorder":
+            cache.reorder_cache(batch_indices(batch_size, number))
+            change = lambda x: x[batch_indices(batch_size, number)]  # noqa: B023, E731
+        elif name == "repeat" and batch_size <= 4:
+            cache.batch_repeat_interleave(2)
+            change = lambda x: x.repeat_interleave(2, dim=0)  # noqa: E731
+        elif name == "select":
+            cache.batch_select_indices(torch.tensor([number % batch_size]))
+            change = lambda x: x[[number % batch_size]]  # noqa: B023, E731
+        elif name == "fork":
+            cache = copy.deepcopy(cache)
+        if change is not None:
+            fed, seen = [change(x) for x in fed], [change(x) for x in seen]
+        batch_size = fed[0].shape[0]
+        now = tensors(cache)
+        for was_fed, was_seen, is_seen, side_bits in zip(fed, seen, now, bits, strict=True):
+            packed = (was_seen != was_fed).any(dim=-1)
+            assert torch.equal(is_seen[packed], was_seen[packed])
+            exact = (is_seen == was_fed).all(dim=-1)
+            if side_bits == 16:
+                assert exact.all()
+            else:
+                held = cache.kv_cache.packed_length(was_fed.shape[2])
+                assert exact.sum() <= exact.numel() - batch_size * HEADS * held
+                assert exact[:, :, :2].all()
+        seen = list(now)
