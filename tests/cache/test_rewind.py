@@ -80,3 +80,26 @@ def test_window_start_is_where_the_exact_tokens_begin(length: int) -> None:
             cache.update(*raw, layer)
         exact = (tensors(cache)[0] == raw[0]).all(dim=-1)[0, 0].tolist()
         assert exact == [i < 2 or i >= start for i in range(length)]
+
+
+@pytest.mark.parametrize("kv_cache", ["balanced", "extreme", "identity", "uncompressed", "paper"])
+@pytest.mark.parametrize("decoded", [0, 5, 40])
+def test_a_repeated_prompt_gives_the_same_logits_to_the_bit(kv_cache: str, decoded: int) -> None:
+    """What the first run saw exactly must not be seen packed by the second."""
+    model = tiny_model("llama")
+    ids = random_tokens(1, 295)
+
+    def last_logits(cache: TurboQuantCache, start: int) -> torch.Tensor:
+        window = cache.window_start(294)
+        with torch.no_grad():
+            for part in (ids[:, start:window], ids[:, max(window, start) :]):
+                if part.shape[1]:
+                    logits = model(part, past_key_values=cache).logits[0, -1]
+            for token in random_tokens(1, decoded)[0]:
+                model(token.view(1, 1), past_key_values=cache)
+        return logits
+
+    cache = TurboQuantCache(model.config, kv_cache)
+    first = last_logits(cache, 0)
+    for _ in range(2):
+        assert torch.equal(last_logits(cache, cache.rewind(294)), first)

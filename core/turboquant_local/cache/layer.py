@@ -103,8 +103,9 @@ class CompressedLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add tokens, and return all keys and values as attention is to see them.
 
-        The new tokens are seen exactly, whatever is packed afterwards. While nothing is packed, plain tensors
-        are returned and the model's own attention runs on them.
+        The new tokens are seen exactly. Older ones that this update pushes out of the recent window are packed
+        first: attention sees the same whether they were packed just now, or earlier and kept by `rewind`. While
+        nothing is packed, plain tensors are returned and the model's own attention runs on them.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -115,11 +116,14 @@ class CompressedLayer(DynamicLayer):
                 f"batch of {key_states.shape[0]}: the cache holds {self._k.shape[0]}; "
                 "reset() it, or use batch_repeat_interleave / batch_select_indices"
             )
+        config, center, held = self.kv_cache, self.kv_cache.center_keys and self.kv_cache.k_bits < 16, self._k.shape[2]
         seen_k, seen_v = storage.append(self._k, key_states), storage.append(self._v, value_states)
-        center = self.kv_cache.center_keys and self.kv_cache.k_bits < 16
+        if held:
+            seen_k = storage.settle(seen_k, config, self._k_quantizer, center, among_first=held)
+            seen_v = storage.settle(seen_v, config, self._v_quantizer, False, among_first=held)
         self._store(
-            storage.settle(seen_k, self.kv_cache, self._k_quantizer, center),
-            storage.settle(seen_v, self.kv_cache, self._v_quantizer, center=False),
+            storage.settle(seen_k, config, self._k_quantizer, center),
+            storage.settle(seen_v, config, self._v_quantizer, False),
         )
         if seen_k.packed is None:
             self.stats.attention["exact"] += 1

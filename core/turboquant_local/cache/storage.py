@@ -34,7 +34,9 @@ def append(view: KVView, x: torch.Tensor) -> KVView:
     return replace(view, recent=recent)
 
 
-def settle(view: KVView, config: TurboQuantConfig, quantizer: Quantizer, center: bool) -> KVView:
+def settle(
+    view: KVView, config: TurboQuantConfig, quantizer: Quantizer, center: bool, among_first: int | None = None
+) -> KVView:
     """Pack the tokens that have left the recent window, and own every tensor that stays.
 
     Args:
@@ -42,9 +44,14 @@ def settle(view: KVView, config: TurboQuantConfig, quantizer: Quantizer, center:
         config: How many tokens stay unpacked.
         quantizer: The codec.
         center: Subtract the `key_mean` of the first tokens behind the sinks.
+        among_first: Leave the tokens behind the first so many as they are.
     """
     packed = view.packed
-    count = config.packed_length(view.shape[2]) - (packed.length if packed else 0)
+    target = config.packed_length(view.shape[2])
+    if among_first is not None:
+        blocks = max(0, among_first - config.sink_length) // config.block_length
+        target = min(target, blocks * config.block_length)
+    count = target - (packed.length if packed else 0)
     if count <= 0:
         return replace(view, recent=_owned(view.recent))
     sinks, recent = view.sinks, view.recent
