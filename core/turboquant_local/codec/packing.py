@@ -69,7 +69,8 @@ def unpack_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
     codes, start, shift = None, 0, 0
     for width in planes(bits):
         size = head_dim * width // 8
-        part = byte_codes(width, packed.device)[packed[..., start : start + size].int()].flatten(-2) << shift
+        table = byte_codes(width, packed.device)
+        part = torch.nn.functional.embedding(packed[..., start : start + size].int(), table).flatten(-2) << shift
         codes = part if codes is None else codes | part
         start, shift = start + size, shift + width
     assert codes is not None

@@ -130,7 +130,7 @@ class MSEQuantizer:
         constants = _constants(self, codes.device)
         if len(planes(self.bits)) == 1:  # a byte looks up all its centroids at once
             return torch.nn.functional.embedding(codes.int(), constants.byte_levels).flatten(-2)
-        return constants.centroids[unpack_codes(codes, self.bits).int()]
+        return constants.centroids.take(unpack_codes(codes, self.bits).long())
 
     def dequantize(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """The vectors x̂ that codes and scales stand for: `[..., head_dim]` float32."""
