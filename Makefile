@@ -13,10 +13,10 @@ export HAYSTACK_TELEMETRY_ENABLED ?= False
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench bench-gpu clean
 
 help: ## Say what can be made
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
 
 demo: $(STAMP) ## Ask the embedded model through Haystack, with a compressed and an uncompressed KV cache
 	@$(BIN)/python examples/demo.py
@@ -32,6 +32,9 @@ lint: $(STAMP) ## Check style, types and who may import whom
 
 bench: $(STAMP) ## Measure memory and speed on this machine's CPU, into benchmarks/results/
 	@$(BIN)/python benchmarks/bench.py $(ARGS)
+
+bench-gpu: $(STAMP) ## Time the GPU kernels against 16-bit attention, into benchmarks/results/
+	@$(BIN)/python benchmarks/decode_attention.py $(ARGS)
 
 clean: ## Remove the environment, caches and build outputs
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -60,17 +60,20 @@ def turboquant_attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     special = any(kwargs.get(name) is not None and kwargs[name] is not False for name in _UNSUPPORTED) or dropout > 0
     if isinstance(key, KVHandle) and isinstance(value, KVHandle) and not special:
+        keys, values = key.view_of_tokens, value.view_of_tokens
+        impl = api.choose(query, keys, values)
         out = api.attention(
             query,
-            key.view_of_tokens,
-            value.view_of_tokens,
+            keys,
+            values,
             mask=attention_mask,
             causal=causal,
             scaling=scaling,
             softcap=softcap,
             sink_logits=s_aux,
+            impl=impl,
         )
-        key.stats.attention[api.choose()] += 1
+        key.stats.attention[impl] += 1
         return out.transpose(1, 2).contiguous(), None
     handled = isinstance(key, KVHandle) or isinstance(value, KVHandle)
     if not handled and softcap is None and s_aux is None:

@@ -37,6 +37,7 @@ def test_every_requirement_is_pinned_in_the_constraints() -> None:
     pins = {normal(name) for name in re.findall(r"^([\w.-]+)==", constraints, re.MULTILINE)}
     wanted = itertools.chain(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
     names = {normal(re.split(r"[<>=\[ ]", line)[0]) for line in wanted} - {"turboquant-local"}
+    names -= {"triton"}  # a torch for CUDA pins its own
     assert names - pins == set()
 
 

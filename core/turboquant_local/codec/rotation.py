@@ -79,4 +79,4 @@ def _dense(size: int, generator: random.Random) -> torch.Tensor:
     gaussian = torch.tensor([generator.gauss(0.0, 1.0) for _ in range(size * size)], dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian.view(size, size))
     signs: torch.Tensor = r.diagonal().sign()
-    return torch.mul(q, signs)
+    return torch.mul(q, signs).contiguous()

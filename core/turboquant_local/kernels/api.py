@@ -5,8 +5,9 @@ An implementation asked for by name is used or refused with the reason, never qu
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import Final
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
 
 import torch
 
@@ -15,23 +16,53 @@ from turboquant_local.errors import BackendError, CacheError
 from turboquant_local.kernels import reference
 from turboquant_local.kernels.layout import KVView, PackedKV
 
-_IMPLEMENTATIONS: Final[dict[str, ModuleType]] = {"reference": reference}
 
-
-def choose(impl: str = "auto") -> str:
-    """The name of the implementation that will run.
+def choose(query: torch.Tensor, keys: KVView, values: KVView, impl: str = "auto") -> str:
+    """The name of the implementation of `attention` that will run.
 
     Args:
-        impl: "auto", or a name to insist on.
+        query: As for `attention`.
+        keys: Likewise.
+        values: Likewise.
+        impl: "auto" (Triton for CUDA tensors where it serves the shape, else the reference), or a name to insist on.
 
     Raises:
-        BackendError: There is no such implementation here.
+        BackendError: There is no such implementation here, or it does not serve these tensors.
     """
     if impl == "auto":
-        return "reference"
-    if impl not in _IMPLEMENTATIONS:
-        raise BackendError(f"impl={impl!r}: this installation has {', '.join(_IMPLEMENTATIONS)}; use one, or 'auto'")
-    return impl
+        return "triton" if query.is_cuda and _refusal(query, keys, values) is None else "reference"
+    if impl == "triton":
+        reason = _refusal(query, keys, values)
+        if reason is not None:
+            raise BackendError(f"impl='triton': {reason}; use impl='reference', or 'auto'")
+        return impl
+    return _plain(impl)
+
+
+def _refusal(query: torch.Tensor, keys: KVView, values: KVView) -> str | None:
+    decode = _triton("decode_attention")
+    if isinstance(decode, str):
+        return decode
+    reason: str | None = decode.refusal(query, keys, values)
+    return reason
+
+
+@lru_cache(maxsize=8)
+def _triton(operation: str) -> Any:
+    """The module of an operation in Triton, or why there is none. Triton is imported on first use, never before."""
+    try:
+        import_module("triton")
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); install it, it comes with torch for CUDA"
+    return import_module(f"turboquant_local.kernels.triton.{operation}")
+
+
+def _plain(impl: str) -> str:
+    """Check the name of an implementation of what exists in torch alone."""
+    if impl not in ("auto", "reference"):
+        known = "reference" if isinstance(_triton("decode_attention"), str) else "reference, and triton for attention"
+        raise BackendError(f"impl={impl!r}: this installation has {known}; use one, or 'auto'")
+    return "reference"
 
 
 def quantize_kv(
@@ -47,25 +78,25 @@ def quantize_kv(
 
     Raises:
         CacheError: The head size is not the quantizer's.
-        BackendError: See `choose`.
+        BackendError: There is no such implementation.
     """
     if x.dim() != 4 or x.shape[-1] != quantizer.head_dim:
         raise CacheError(
             f"x of shape {tuple(x.shape)}: expected [batch, num_kv_heads, tokens, {quantizer.head_dim}]; "
             "build the quantizer for this head size"
         )
-    packed: PackedKV = _IMPLEMENTATIONS[choose(impl)].quantize_kv(x, quantizer, mean)
-    return packed
+    _plain(impl)
+    return reference.quantize_kv(x, quantizer, mean)
 
 
 def dequantize_kv(packed: PackedKV, dtype: torch.dtype, *, impl: str = "auto") -> torch.Tensor:
     """Unpack keys or values: `[batch, num_kv_heads, tokens, head_dim]` in `dtype`.
 
     Raises:
-        BackendError: See `choose`.
+        BackendError: There is no such implementation.
     """
-    x: torch.Tensor = _IMPLEMENTATIONS[choose(impl)].dequantize_kv(packed, dtype)
-    return x
+    _plain(impl)
+    return reference.dequantize_kv(packed, dtype)
 
 
 def attention(
@@ -115,7 +146,8 @@ def attention(
         raise CacheError(f"mask {tuple(mask.shape)}: expected 4 dimensions, the last of {keys.shape[2]} keys or more")
     if values.packed is not None and values.packed.mean is not None:
         raise CacheError("values.packed.mean: only keys can be centred; quantize the values without a mean")
-    out: torch.Tensor = _IMPLEMENTATIONS[choose(impl)].attention(
+    module = reference if choose(query, keys, values, impl) == "reference" else _triton("decode_attention")
+    out: torch.Tensor = module.attention(
         query,
         keys,
         values,

@@ -1,0 +1,182 @@
+"""Attention of a few query tokens over sinks, packed tokens and recent window, split over the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+
+from turboquant_local.codec.quantizer import MSEQuantizer
+from turboquant_local.kernels.layout import KVView, PackedKV
+from turboquant_local.kernels.triton import assembly
+from turboquant_local.kernels.triton.decode_kernels import partials
+from turboquant_local.kernels.triton.queries import combine, prepare
+
+MAX_Q_LENGTH = 8
+BITS = (1, 2, 3, 4, 8, 16)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the work is cut up.
+
+    Attributes:
+        warps: Warps of a program; each has tokens of its own.
+        tokens: Tokens a warp takes at once, a multiple of 32.
+        stages: Tiles loaded ahead.
+        waves: Programs wanted for every multiprocessor.
+    """
+
+    warps: int = 4
+    tokens: int = 32
+    stages: int = 3
+    waves: int = 3
+
+
+def refusal(query: torch.Tensor, keys: KVView, values: KVView) -> str | None:
+    """Why this call is not served, or None."""
+    k, v = keys.packed, values.packed
+    if k is None or v is None:
+        return "nothing is packed"
+    if not 1 <= query.shape[2] <= MAX_Q_LENGTH:
+        return f"q_length={query.shape[2]}: it serves 1 to {MAX_Q_LENGTH} query tokens"
+    if query.device.type != "cuda" and not triton.knobs.runtime.interpret:
+        return f"device={query.device}: it needs a CUDA device, or TRITON_INTERPRET=1"
+    if query.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(query.device) < (8, 0)):
+        return f"device={query.device}: it needs an NVIDIA GPU of compute capability 8.0 or more"
+    for name, side in (("keys", k), ("values", v)):
+        head_dim, bits = side.quantizer.head_dim, side.quantizer.bits
+        if bits not in BITS or not (bits == 16 or isinstance(side.quantizer, MSEQuantizer)):
+            return f"{name}: {bits} bits of {type(side.quantizer).__name__}: it reads {BITS} bits"
+        if head_dim % 16 or not 64 <= head_dim <= 256:
+            return f"{name}: head_dim={head_dim}: it serves multiples of 16 from 64 to 256"
+    dtypes = {query.dtype, keys.recent.dtype, values.recent.dtype, keys.sinks.dtype, values.sinks.dtype}
+    if len(dtypes) > 1 or query.dtype not in DTYPES:
+        return f"dtypes {sorted(map(str, dtypes))}: it serves one of {', '.join(map(str, DTYPES))} for all"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, keys.recent, values.recent)):
+        return "a gradient is wanted: it has none"
+    return None
+
+
+def attention(
+    query: torch.Tensor,
+    keys: KVView,
+    values: KVView,
+    *,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scaling: float,
+    softcap: float | None,
+    sink_logits: torch.Tensor | None,
+    launch: Launch | None = None,
+) -> torch.Tensor:
+    """See `kernels.api.attention`; `refusal` says what is served."""
+    k, v = keys.packed, values.packed
+    assert k is not None
+    assert v is not None
+    query = query.contiguous()
+    batch, q_heads, q_length, k_dim = query.shape
+    kv_heads, v_dim = values.shape[1], values.shape[3]
+    group, rows = q_heads // kv_heads, batch * q_heads * q_length
+    launch = launch or _launch(k, v, query.dtype, batch * kv_heads * k.length)
+    k_padded, v_padded = triton.next_power_of_2(k_dim), triton.next_power_of_2(v_dim)
+    fast = not triton.knobs.runtime.interpret and query.dtype != torch.float32
+    k_codes, k_scales, k_table, k_asm, k_rotation = _parts(k, fast)
+    v_codes, v_scales, v_table, v_asm, v_rotation = _parts(v, fast)
+    pairs = all(_in_pairs(side.scales) for side in (k, v) if side.scales is not None)
+    if pairs:
+        k_scales, v_scales = k_scales.view(torch.int32), v_scales.view(torch.int32)
+
+    rows_at_once = 16 if group * q_length > 8 else 8
+    chunks = triton.cdiv(group * q_length, rows_at_once)
+    tiles = triton.cdiv(k.length, launch.warps * launch.tokens)
+    wanted = max(1, launch.waves * _multiprocessors(query.device) // (batch * kv_heads * chunks))
+    split_tiles = triton.cdiv(tiles, min(wanted, tiles))
+    shares = 1 + triton.cdiv(tiles, split_tiles)
+
+    code_dtype = torch.float32 if query.dtype == torch.float32 else torch.float16
+    coefficient, offset = query.new_empty(2, rows, dtype=torch.float32)
+    code = query.new_empty(rows, k_dim, dtype=code_dtype)
+    out = query.new_empty(rows, shares, v_dim, dtype=torch.float32)
+    lse = query.new_empty(rows, shares, dtype=torch.float32)
+    result = torch.empty(batch, q_heads, q_length, v_dim, dtype=query.dtype, device=query.device)
+
+    if k.quantizer.bits < 16:
+        prepare[(rows, triton.cdiv(k_dim, 32))](
+            query, k_rotation, query if k.mean is None else k.mean.contiguous(), code, coefficient, offset,
+            group * q_length, D=k_dim, DP=k_padded, COLUMNS=32, MEAN=k.mean is not None, num_warps=4,
+        )  # fmt: skip
+    mask_kind, mask, mask_strides = _mask(query, mask)
+    partials[(batch * kv_heads, shares, chunks)](
+        query, code, coefficient, offset,
+        keys.sinks.contiguous(), keys.recent.contiguous(), values.sinks.contiguous(), values.recent.contiguous(),
+        k_codes, k_scales, k_table, v_codes, v_scales, v_table,
+        mask, out, lse,
+        *k_codes.stride()[:2], *k_scales.stride()[:2], *v_codes.stride()[:2], *v_scales.stride()[:2],
+        *mask_strides,
+        keys.sinks.shape[2], k.length, keys.recent.shape[2], split_tiles,
+        scaling if softcap is not None else scaling * 1.4426950408889634, softcap or 0.0,
+        KV_HEADS=kv_heads, GROUP=group, Q_LENGTH=q_length, ROWS=rows_at_once,
+        KD=k_dim, KDP=k_padded, VD=v_dim, VDP=v_padded,
+        K_BITS=k.quantizer.bits, V_BITS=v.quantizer.bits,
+        K_ASM=k_asm, V_ASM=v_asm, MEAN=k.mean is not None, PAIRS=pairs, MASK=mask_kind,
+        CAUSAL=causal, SOFTCAP=softcap is not None,
+        W=launch.warps, BN=launch.tokens, STAGES=launch.stages, num_warps=launch.warps,
+    )  # fmt: skip
+    # With few queries, several programs share one; with many, none reads the shares twice.
+    columns = 32 if rows < _multiprocessors(query.device) else 2**14 // v_padded
+    combine[(rows, triton.cdiv(v_dim, columns))](
+        out, lse, lse if sink_logits is None else sink_logits, v_rotation, result, shares, q_heads, q_length,
+        D=v_dim, DP=v_padded, SINK=sink_logits is not None, ROTATED=v.quantizer.bits < 16,
+        SHARES=64, COLUMNS=min(columns, v_padded), num_warps=8,
+    )  # fmt: skip
+    return result
+
+
+def _launch(k: PackedKV, v: PackedKV, dtype: torch.dtype, vectors: int) -> Launch:
+    """A choice that fits registers and 96 KiB of shared memory; measured in benchmarks/NOTES.md."""
+    if dtype == torch.float32:
+        return Launch(warps=1, stages=1, waves=8)
+    quantizers = (k.quantizer, v.quantizer)
+    if max(x.head_dim for x in quantizers) > 128 or max(x.bits for x in quantizers) > 4:
+        return Launch(warps=2, stages=2, waves=4)
+    return Launch(waves=3 if vectors >= 2**19 else 2)
+
+
+@lru_cache(maxsize=8)
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _parts(packed: PackedKV, fast: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str | None, torch.Tensor]:
+    """Codes, scales, table, assembly and rotation; the codes stand in for what the identity codec has not."""
+    codes, quantizer = packed.codes, packed.quantizer
+    if codes.stride(3) != 1 or codes.stride(2) != codes.shape[3]:
+        codes = codes.contiguous()
+    if packed.scales is None:
+        nothing = codes.new_empty(1, 1, 2, dtype=torch.float16)
+        return codes, nothing, codes, None, codes
+    scales = packed.scales if packed.scales.stride(2) == 1 else packed.scales.contiguous()
+    rotation, centroids = quantizer.constants(codes.device)[:2]
+    asm = assembly.decoder(quantizer.head_dim, quantizer.bits) if fast and quantizer.bits in assembly.BITS else None
+    return codes, scales, centroids, asm, rotation.contiguous()
+
+
+def _in_pairs(scales: torch.Tensor) -> bool:
+    """Whether two neighbouring scales can be read as one word everywhere."""
+    sizes = (scales.storage_offset(), scales.shape[2], scales.stride(0), scales.stride(1))
+    return scales.stride(2) == 1 and not any(size % 2 for size in sizes)
+
+
+def _mask(query: torch.Tensor, mask: torch.Tensor | None) -> tuple[str, torch.Tensor, tuple[int, ...]]:
+    """Kind, tensor and strides of a mask; a stride of 0 repeats it."""
+    if mask is None:
+        return "none", query, (0, 0, 0, 0)
+    kind = "bool" if mask.dtype == torch.bool else "float"
+    strides = [0 if size == 1 else stride for size, stride in zip(mask.shape[:3], mask.stride()[:3], strict=True)]
+    return kind, mask.view(torch.uint8) if kind == "bool" else mask, (*strides, mask.stride(3))
