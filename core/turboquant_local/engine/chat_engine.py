@@ -16,6 +16,7 @@ from turboquant_local.engine.metrics import Stopwatch
 from turboquant_local.engine.options import check_options, merge_options
 from turboquant_local.engine.prompt import render_prompt
 from turboquant_local.engine.prompt_cache import PromptCache
+from turboquant_local.engine.reply_form import offered_tools
 from turboquant_local.engine.request import ToolParser, prepare_request
 from turboquant_local.engine.streaming import Cancellation, astream_events, stream_events
 from turboquant_local.engine.types import (
@@ -178,6 +179,7 @@ class ChatEngine:
         Raises:
             PromptError: The request cannot be served; nothing was generated.
             ModelError: The model cannot be loaded or has no chat template.
+            BackendError: Constrained decoding was asked for and cannot run here.
         """
         return self._generate(messages, tools, options, Cancellation(cancel), lambda delta: None)
 
@@ -251,6 +253,7 @@ class ChatEngine:
     ) -> ChatReply:
         merged = merge_options(self._options, options)
         check_options(merged)
+        tools = offered_tools(merged, tools)
         loaded = self._load()
         stopwatch = Stopwatch()
         request = prepare_request(

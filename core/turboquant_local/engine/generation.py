@@ -64,8 +64,9 @@ class ReplyReader(StoppingCriteria):
         if token_id in request.sampling.end_ids:
             self.end = "stop"
         else:
+            is_complete = request.constraint is not None and request.constraint.accept(token_id)
             self._emit_text(self._stops.push(self._decoder.push(token_id)))
-            if self._stops.stopped:
+            if self._stops.stopped or is_complete:
                 self.end = "stop"
             elif len(self.token_ids) >= request.sampling.config.max_new_tokens:
                 self.end = "length"

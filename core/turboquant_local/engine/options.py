@@ -9,6 +9,8 @@ from typing import Any, Final
 
 from transformers import GenerationConfig
 
+from turboquant_local.engine.grammar import check_schema
+from turboquant_local.engine.reply_form import response_schema
 from turboquant_local.engine.types import GenerationOptions
 from turboquant_local.errors import GenerationOptionError
 
@@ -85,6 +87,10 @@ _OWN_FIELDS: Final = tuple(
 )
 
 
+_JOINED: Final = ("template_kwargs", "extra")
+"""Fields whose entries are laid over each other one by one."""
+
+
 def merge_options(defaults: GenerationOptions | None, override: GenerationOptions | None) -> GenerationOptions:
     """Lay `override` over `defaults`, field by field; None (or an empty field) means not given.
 
@@ -95,7 +101,7 @@ def merge_options(defaults: GenerationOptions | None, override: GenerationOption
     merged: dict[str, Any] = {}
     for field in dataclasses.fields(GenerationOptions):
         default, value = getattr(defaults, field.name), getattr(override, field.name)
-        if isinstance(default, Mapping) and isinstance(value, Mapping):
+        if field.name in _JOINED:
             merged[field.name] = {**default, **value}
         else:
             merged[field.name] = default if value is None or value == () else value
@@ -111,7 +117,8 @@ def check_options(options: GenerationOptions) -> None:
 
     Raises:
         GenerationOptionError: A value out of range, two that contradict each other, or an extra option that is
-            unknown or that the engine cannot honour.
+            unknown or that the engine cannot honour, or a `response_format` that no grammar can express.
+        BackendError: A `response_format` without the library for grammars.
     """
     _whole("max_new_tokens", options.max_new_tokens, 1)
     _whole("top_k", options.top_k, 0)
@@ -122,7 +129,7 @@ def check_options(options: GenerationOptions) -> None:
     _whole("seed", options.seed, 0)
     if options.seed is not None and options.seed >= 2**64:
         raise GenerationOptionError(f"seed={options.seed}: expected less than 2**64")
-    for name in ("do_sample", "enable_thinking"):
+    for name in ("do_sample", "enable_thinking", "parallel_tool_calls"):
         value = getattr(options, name)
         if value is not None and not isinstance(value, bool):
             raise GenerationOptionError(f"{name}={value!r}: expected True, False or None")
@@ -131,6 +138,11 @@ def check_options(options: GenerationOptions) -> None:
     stop = options.stop
     if not isinstance(stop, (tuple, list)) or not all(isinstance(text, str) and text for text in stop):
         raise GenerationOptionError(f"stop={stop!r}: expected a tuple of strings that are not empty, such as ('###',)")
+    if options.tool_choice is not None and not (isinstance(options.tool_choice, str) and options.tool_choice):
+        raise GenerationOptionError(
+            f"tool_choice={options.tool_choice!r}: expected 'auto', 'none', 'required' or the name of a tool"
+        )
+    check_schema(response_schema(options.response_format), "response_format['json_schema']['schema']")
     _check_extra(options.extra)
 
 

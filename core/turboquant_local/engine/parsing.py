@@ -7,11 +7,13 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from turboquant_local.engine.prompt import THINK, THINK_END
 from turboquant_local.engine.text import partial_suffix
 from turboquant_local.engine.tool_formats import (
     HERMES_MARK,
     MARKS,
     MISTRAL_MARK,
+    NO_CALL,
     PENDING,
     SPACE,
     Calls,
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
 
 Delta: TypeAlias = TextDelta | ReasoningDelta | ToolCallDelta
 
-_THINK: Final = "<think>"
-_THINK_END: Final = "</think>"
 _LINE_ENDS: Final = "\r\n"
 
 
@@ -48,6 +48,8 @@ class ReplyParser:
             streams up to the first mark that could start a call and is held from there on; at the end
             it is dropped if the function found calls, and is text if it found none. Where a reply has no such
             mark all of it has streamed as text, and the calls come after it.
+        is_constrained: The reply is either calls of these tools alone or a text alone: marks inside a text mean
+            nothing.
     """
 
     def __init__(
@@ -57,11 +59,13 @@ class ReplyParser:
         starts_in_reasoning: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
         tool_parser: Callable[[str], Sequence[ToolCall] | None] | None = None,
+        is_constrained: bool = False,
     ) -> None:
         self._tools = tuple(tools)
         self._marks = MARKS if tools else ()
         self._unmarked_calls = bool(tools) and not _writes_marks(tokenizer)
         self._tool_parser = tool_parser if tools else None
+        self._is_constrained = is_constrained
         self._buffer = ""
         self._in_reasoning = starts_in_reasoning
         self._may_repeat_think = starts_in_reasoning
@@ -115,14 +119,14 @@ class ReplyParser:
         """Takes reasoning from the buffer; returns whether there is more to do without more text."""
         if self._may_repeat_think:
             # Some models open the block once more although the prompt did.
-            if _is_begun(self._buffer, _THINK) and not final:
+            if _is_begun(self._buffer, THINK) and not final:
                 return False
             self._may_repeat_think = False
-            if self._buffer.startswith(_THINK):
-                self._buffer, self._drop = self._buffer[len(_THINK) :], _LINE_ENDS
+            if self._buffer.startswith(THINK):
+                self._buffer, self._drop = self._buffer[len(THINK) :], _LINE_ENDS
                 return True
-        content, mark, rest = self._buffer.partition(_THINK_END)
-        held = 0 if mark or final else partial_suffix(content, _THINK_END)
+        content, mark, rest = self._buffer.partition(THINK_END)
+        held = 0 if mark or final else partial_suffix(content, THINK_END)
         sure = content[: len(content) - held].rstrip(_LINE_ENDS)
         if sure:
             self._reasoning.append(sure)
@@ -137,10 +141,10 @@ class ReplyParser:
         """Takes text or a call from the buffer; returns whether there is more to do without more text."""
         if self._at_start:
             lead = self._buffer.lstrip(SPACE)
-            if _is_begun(lead, _THINK) and not final:
+            if _is_begun(lead, THINK) and not final:
                 return False
-            if lead.startswith(_THINK):
-                self._buffer, self._in_reasoning, self._drop = lead[len(_THINK) :], True, _LINE_ENDS
+            if lead.startswith(THINK):
+                self._buffer, self._in_reasoning, self._drop = lead[len(THINK) :], True, _LINE_ENDS
                 return True
         found = self._next_mark()
         if found is None:
@@ -156,6 +160,8 @@ class ReplyParser:
             return False
         space_and_mark, body = self._split_after(mark)
         reading = read_calls(mark, body, self._tools, final=final)
+        if self._is_constrained and isinstance(reading, Calls) and not self._are_offered(reading.calls):
+            reading = NO_CALL
         if reading is PENDING:
             return False
         if isinstance(reading, Calls):
@@ -172,12 +178,18 @@ class ReplyParser:
             lead = self._buffer.lstrip(SPACE)
             if lead.startswith("{"):
                 return len(self._buffer) - len(lead), ""
+        if self._is_constrained:
+            lead = self._buffer.lstrip(SPACE)
+            return next(((len(self._buffer) - len(lead), mark) for mark in self._marks if lead.startswith(mark)), None)
         return min(((at, mark) for mark in self._marks if (at := self._buffer.find(mark)) >= 0), default=None)
 
     def _sure_length(self) -> int:
         """Length of the buffer's start that cannot belong to a mark or to the space before one."""
         if not self._marks:
             return len(self._buffer)
+        if self._is_constrained:
+            lead = self._buffer.lstrip(SPACE)
+            return 0 if any(_is_begun(lead, mark) for mark in self._marks) else len(self._buffer)
         held = max(partial_suffix(self._buffer, mark) for mark in self._marks)
         return len(self._buffer[: len(self._buffer) - held].rstrip(SPACE))
 
@@ -189,8 +201,13 @@ class ReplyParser:
         text, self._buffer = self._buffer[:length], self._buffer[length:]
         if text:
             self._at_start = False
+            if self._is_constrained:
+                self._marks = ()
             self._text.append(text)
             self._add(TextDelta(text))
+
+    def _are_offered(self, calls: Sequence[ToolCall]) -> bool:
+        return {call.name for call in calls} <= {tool.name for tool in self._tools}
 
     def _take_calls(self, calls: Sequence[ToolCall]) -> None:
         for call in calls:

@@ -37,6 +37,10 @@ _SHORT_ID: Final = re.compile(r"[a-zA-Z0-9]{9}")
 _WANTS_SHORT_IDS: Final = re.compile(r"length (of )?9\b")
 _THINK_TAIL_TOKENS: Final = 16
 
+THINK: Final = "<think>"
+THINK_END: Final = "</think>"
+"""What thinking stands between."""
+
 
 def render_prompt(
     tokenizer: PreTrainedTokenizerBase,
@@ -79,8 +83,21 @@ def render_prompt(
 
 def opens_reasoning(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> bool:
     """Whether the prompt ends inside a thinking block that the template opened, so that the reply starts in it."""
-    tail = tokenizer.decode(list(prompt_ids[-_THINK_TAIL_TOKENS:]), skip_special_tokens=False)
-    return str(tail).rstrip().endswith("<think>")
+    return prompt_end(tokenizer, prompt_ids).endswith(THINK)
+
+
+def prompt_end(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> str:
+    """The last words of a prompt, without the white space after them."""
+    return str(tokenizer.decode(list(prompt_ids[-_THINK_TAIL_TOKENS:]), skip_special_tokens=False)).rstrip()
+
+
+def opens_reasoning_when_asked(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether `enable_thinking` makes the template open the block, so that a reply without it never thinks."""
+    try:
+        text = _apply(tokenizer, [{"role": "user", "content": "?"}], [], {"enable_thinking": True}, tokenize=False)
+    except ChatTemplateError:
+        return False
+    return str(text).rstrip().endswith(THINK)
 
 
 def _conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from transformers import LogitsProcessorList
+
+from turboquant_local.engine.grammar import Constraint, make_constraint
 from turboquant_local.engine.loading import LoadedModel
 from turboquant_local.engine.metrics import Stopwatch
 from turboquant_local.engine.parsing import ReplyParser
-from turboquant_local.engine.prompt import opens_reasoning
+from turboquant_local.engine.prompt import opens_reasoning, prompt_end
+from turboquant_local.engine.reply_form import reply_form
 from turboquant_local.engine.sampling import Sampling, resolve_sampling
 from turboquant_local.engine.types import GenerationOptions, Tool, ToolCall
 from turboquant_local.errors import ContextLengthError
@@ -25,6 +29,7 @@ class Request:
     Attributes:
         prompt_ids: The rendered prompt.
         sampling: How tokens are chosen and what ends the reply.
+        constraint: Holds the reply to its form; None if it is free.
         parser: Splits this reply into text, thinking and tool calls.
         stopwatch: Started when the request came.
         is_cancelled: Asked after each token.
@@ -32,6 +37,7 @@ class Request:
 
     prompt_ids: list[int]
     sampling: Sampling
+    constraint: Constraint | None
     parser: ReplyParser
     stopwatch: Stopwatch
     is_cancelled: Callable[[], bool]
@@ -51,7 +57,9 @@ def prepare_request(
 
     Raises:
         ContextLengthError: The prompt leaves no room for a reply.
-        GenerationOptionError: An option that the model or transformers refuses.
+        GenerationOptionError: An option that the model or transformers refuses, or a form of the reply that cannot
+            be forced.
+        BackendError: A form is asked for, and the library for grammars is missing or cannot read the tokenizer.
     """
     room = loaded.context_length - len(prompt_ids)
     if room < 1:
@@ -62,10 +70,22 @@ def prepare_request(
     sampling = resolve_sampling(
         options, loaded.defaults, room=room, eos_token_id=loaded.tokenizer.eos_token_id, device=loaded.device
     )
+    form, constraint = reply_form(options, tools), None
+    if form is not None:
+        constraint = make_constraint(
+            form,
+            loaded.tokenizer,
+            prompt_end=prompt_end(loaded.tokenizer, prompt_ids),
+            may_think=options.enable_thinking is not False,
+            end_ids=sorted(sampling.end_ids),
+        )
+        sampling = replace(sampling, processors=LogitsProcessorList([constraint, *sampling.processors]))
     parser = ReplyParser(
         tools=tools,
         starts_in_reasoning=opens_reasoning(loaded.tokenizer, prompt_ids),
         tokenizer=loaded.tokenizer,
-        tool_parser=tool_parser,
+        # A forced call is written in a format known here.
+        tool_parser=tool_parser if form is None else None,
+        is_constrained=form is not None,
     )
-    return Request(prompt_ids, sampling, parser, stopwatch, is_cancelled)
+    return Request(prompt_ids, sampling, constraint, parser, stopwatch, is_cancelled)

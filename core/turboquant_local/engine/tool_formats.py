@@ -24,12 +24,11 @@ from typing import Any, Final, NoReturn, TypeAlias, cast
 from turboquant_local.engine.types import JSON, Tool, ToolCall
 
 HERMES_MARK: Final = "<tool_call>"
+HERMES_END: Final = "</tool_call>"
 MISTRAL_MARK: Final = "[TOOL_CALLS]"
 LLAMA_MARK: Final = "<|python_tag|>"
 MARKS: Final = (HERMES_MARK, MISTRAL_MARK, LLAMA_MARK)
 SPACE: Final = " \t\r\n"
-
-_HERMES_END: Final = "</tool_call>"
 
 # Qwen3-Coder. A value may hold "</parameter>": it ends where another parameter or the end follows.
 _FUNCTION: Final = "<function="
@@ -127,13 +126,13 @@ def _read_hermes(body: str, tools: Sequence[Tool], *, final: bool) -> Reading:
         if call is None:
             return NO_CALL
         at = _skip_space(body, at)
-        if body.startswith(_HERMES_END, at):
-            return Calls((call,), at + len(_HERMES_END))
+        if body.startswith(HERMES_END, at):
+            return Calls((call,), at + len(HERMES_END))
         rest = body[at:]
         # The object is whole: at the end, or before another call, a model may leave the closing mark out.
-        if rest.startswith(HERMES_MARK) or (final and _HERMES_END.startswith(rest)):
+        if rest.startswith(HERMES_MARK) or (final and HERMES_END.startswith(rest)):
             return Calls((call,), at if rest.startswith(HERMES_MARK) else len(body))
-        return PENDING if _HERMES_END.startswith(rest) or HERMES_MARK.startswith(rest) else NO_CALL
+        return PENDING if HERMES_END.startswith(rest) or HERMES_MARK.startswith(rest) else NO_CALL
     if _FUNCTION.startswith(body[at : at + len(_FUNCTION)]):
         return _read_function(body, at, tools)
     return NO_CALL

@@ -81,6 +81,11 @@ class GenerationOptions:
         repetition_penalty: Above 1 discourages repeats.
         seed: Makes sampling repeatable; it never touches the process-wide random state.
         stop: Strings that end the reply; they are left out of it. Empty: not given.
+        response_format: What the text must be, in OpenAI's words: `{"type": "text"}`, `{"type": "json_object"}` or
+            `{"type": "json_schema", "json_schema": {"schema": {...}}}`.
+        tool_choice: None or "auto": the model decides; "none": no call; "required": at least one call; any other
+            string: the name of the tool to call.
+        parallel_tool_calls: False: at most one call in a reply whose form is forced.
         enable_thinking: Passed to the chat template of models that can think.
         template_kwargs: Further variables of the chat template.
         extra: Other fields of transformers' `GenerationConfig`, by name.
@@ -95,6 +100,9 @@ class GenerationOptions:
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    response_format: Mapping[str, Any] | None = None
+    tool_choice: str | None = None
+    parallel_tool_calls: bool | None = None
     enable_thinking: bool | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)

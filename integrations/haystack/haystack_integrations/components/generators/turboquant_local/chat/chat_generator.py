@@ -71,7 +71,9 @@ class TurboQuantLocalChatGenerator:
         chat_template: A Jinja template instead of the tokenizer's own.
         generation_kwargs: How replies are generated: `max_new_tokens` (512, or what the model says), `temperature`,
             `top_k`, `top_p`, `min_p`, `repetition_penalty`, `do_sample`, `seed`, `stop`, `enable_thinking`,
-            `chat_template_kwargs`, and fields of transformers' `GenerationConfig`.
+            `chat_template_kwargs`, `response_format` (a dict as in OpenAI's API, or a pydantic model),
+            `tool_choice` ("auto", "none", "required" or a tool's name), `parallel_tool_calls`, and fields of
+            transformers' `GenerationConfig`.
         huggingface_pipeline_kwargs: `model`, `task`, `device`, `device_map`, `token`, `dtype`, `revision`,
             `trust_remote_code` and `model_kwargs`; they win over the arguments of the same name.
         stop_words: Strings that end a reply; they are left out of it. Those of `generation_kwargs` come on top.

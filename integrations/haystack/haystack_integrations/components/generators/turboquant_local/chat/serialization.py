@@ -11,6 +11,7 @@ from haystack.tools import deserialize_tools_or_toolset_inplace, serialize_tools
 from haystack.utils import deserialize_callable, serialize_callable
 from haystack.utils.hf import deserialize_hf_model_kwargs, serialize_hf_model_kwargs
 
+from haystack_integrations.components.generators.turboquant_local.chat.settings import plain_response_format
 from turboquant_local.errors import ConfigError
 
 _CALLABLES: Final = ("streaming_callback", "tool_parsing_function")
@@ -19,13 +20,18 @@ _CALLABLES: Final = ("streaming_callback", "tool_parsing_function")
 def plain_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Write parameters out, leaving to `default_to_dict` whatever has a `to_dict`, such as a MetricsCallback.
 
-    The executor lives in one process only, and a token must not reach a file: both are left out.
+    A pydantic model given as `response_format` becomes its JSON schema. The executor lives in one process only, and
+    a token must not reach a file: both are left out.
 
     Raises:
         SerializationError: A callback or parser that cannot be imported by name, such as a lambda.
     """
     plain = dict(parameters)
     del plain["async_executor"]
+    generation_kwargs = parameters["generation_kwargs"]
+    if "response_format" in generation_kwargs:
+        response_format = plain_response_format(generation_kwargs["response_format"])
+        plain["generation_kwargs"] = {**generation_kwargs, "response_format": response_format}
     pipeline_kwargs = copy.deepcopy(parameters["huggingface_pipeline_kwargs"])
     pipeline_kwargs.pop("token", None)
     serialize_hf_model_kwargs(pipeline_kwargs)

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import torch
 from haystack.utils import ComponentDevice
+from pydantic import BaseModel
 
 from turboquant_local.engine.loading import ModelSpec
 from turboquant_local.engine.types import GenerationOptions
@@ -131,7 +132,22 @@ def generation_options(
     if lengths:
         own["max_new_tokens"] = next(iter(lengths.values()))
     own |= {name: options.pop(name) for name in _PLAIN_OPTIONS & options.keys()}
+    own["response_format"] = plain_response_format(own.get("response_format"))
+    own["tool_choice"] = _tool_choice(own.get("tool_choice"))
     return GenerationOptions(**own, stop=tuple(dict.fromkeys(stop)), template_kwargs=template_kwargs, extra=options)
+
+
+def plain_response_format(value: Any) -> Any:
+    """A pydantic model as the JSON schema it stands for, in OpenAI's words; anything else as it is."""
+    if not (isinstance(value, type) and issubclass(value, BaseModel)):
+        return value
+    return {"type": "json_schema", "json_schema": {"name": value.__name__, "schema": value.model_json_schema()}}
+
+
+def _tool_choice(value: Any) -> Any:
+    """The name of a tool that is chosen as OpenAI's API writes it; anything else as it is, for the engine to check."""
+    function = value.get("function") if isinstance(value, Mapping) else None
+    return function.get("name") if isinstance(function, Mapping) else value
 
 
 def _strings(name: str, value: object) -> list[str]:

@@ -1,0 +1,60 @@
+"""What a call may ask for, and the generation options that come of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, Final
+
+from turboquant_local.engine.types import GenerationOptions
+from turboquant_local.errors import GenerationOptionError
+
+_RENAMED: Final[Mapping[str, str]] = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_tokens": "max_new_tokens",
+    "seed": "seed",
+    "reasoning": "enable_thinking",
+    "response_format": "response_format",
+    "parallel_tool_calls": "parallel_tool_calls",
+}
+"""LangChain's words for options, with the engine's."""
+
+# "stream" is for LangChain, which has chosen the method by it; "n" may only be 1.
+CALL_OPTIONS: Final = (*_RENAMED, "model", "stop", "tools", "tool_choice", "strict", "stream", "n")
+"""Every option that a call may give, besides the messages."""
+
+
+def check_call(given: Mapping[str, Any]) -> None:
+    """Refuse what a call cannot ask for.
+
+    Raises:
+        GenerationOptionError: An unknown option, or more than one reply.
+    """
+    for name in given:
+        if name not in CALL_OPTIONS:
+            match = get_close_matches(name, CALL_OPTIONS, n=1)
+            hint = f"did you mean {match[0]!r}? " if match else ""
+            raise GenerationOptionError(
+                f"{name}: no such option of a call; {hint}known: {', '.join(CALL_OPTIONS)}; other fields of "
+                "transformers' GenerationConfig go into the constructor's generation_kwargs"
+            )
+    if given.get("n") not in (None, 1):
+        raise GenerationOptionError(
+            f"n={given['n']!r}: one reply is generated for each conversation; for more, call batch with the "
+            "conversation repeated and a temperature above 0"
+        )
+
+
+def generation_options(given: Mapping[str, Any], *, stop: Sequence[str] | str | None) -> GenerationOptions:
+    """The engine's options among what is given, by LangChain's names; None means not given.
+
+    Args:
+        given: Options by name; names that are no generation options are left aside.
+        stop: Strings that end the reply.
+    """
+    renamed = {own: given[name] for name, own in _RENAMED.items() if given.get(name) is not None}
+    return GenerationOptions(**renamed, stop=(stop,) if isinstance(stop, str) else tuple(stop or ()))
