@@ -69,8 +69,9 @@ async def test_so_does_closing_an_async_stream(model: ChatTurboQuantLocal, gate:
         await anext(stream)
     await asyncio.sleep(0.1)
     steps.open()
-    while generating():
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(10):
+        while generating():
+            await asyncio.sleep(0.01)
     assert steps.steps <= 4
 
 
@@ -84,8 +85,10 @@ async def test_so_does_cancelling_a_task(model: ChatTurboQuantLocal, gate: Calla
     steps.open()
     with pytest.raises(asyncio.CancelledError):
         await task
+    async with asyncio.timeout(10):
+        while generating():
+            await asyncio.sleep(0.01)
     assert steps.steps <= 4
-    assert not generating()
 
 
 async def test_nothing_blocks_the_event_loop(model: ChatTurboQuantLocal) -> None:

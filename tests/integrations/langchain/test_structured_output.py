@@ -75,6 +75,14 @@ def test_a_broken_object_is_returned_with_its_error(model: ChatTurboQuantLocal) 
     assert answer["raw"].response_metadata["finish_reason"] == "length"
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_thinking_comes_before_the_object(make_model: Callable[..., ChatTurboQuantLocal], method: Any) -> None:
+    model = make_model(output_version="v1", reasoning=True, max_tokens=200)
+    answer = model.with_structured_output(Person, method=method, include_raw=True).invoke(TEXT)
+    assert isinstance(answer["parsed"], Person)
+    assert answer["raw"].content_blocks[0]["type"] == "reasoning"
+
+
 def test_json_mode_without_a_schema_gives_any_object(model: ChatTurboQuantLocal) -> None:
     answer = model.with_structured_output(method="json_mode").invoke(TEXT)
     assert answer == MARIA
