@@ -51,10 +51,16 @@ FUNCTION = {"name": "Person", "description": "A person.", "parameters": PARAMETE
     [Person, PersonV1, PersonDict, PARAMETERS, FUNCTION, {"type": "function", "function": FUNCTION}],
     ids=["pydantic", "pydantic v1", "typed dict", "json schema", "function", "tool"],
 )
-async def test_every_schema_by_every_method(model: ChatTurboQuantLocal, schema: Any, method: Any) -> None:
+def test_every_schema_by_every_method(model: ChatTurboQuantLocal, schema: Any, method: Any) -> None:
+    structured = model.with_structured_output(schema, method=method)
+    assert structured.invoke(TEXT) == (schema(**MARIA) if isinstance(schema, type) else MARIA)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("schema", [Person, PARAMETERS], ids=["pydantic", "json schema"])
+async def test_streamed_and_async(model: ChatTurboQuantLocal, schema: Any, method: Any) -> None:
     structured = model.with_structured_output(schema, method=method)
     expected = schema(**MARIA) if isinstance(schema, type) else MARIA
-    assert structured.invoke(TEXT) == expected
     assert await structured.ainvoke(TEXT) == expected
     assert list(structured.stream(TEXT))[-1] == expected
 
