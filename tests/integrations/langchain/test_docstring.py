@@ -1,4 +1,4 @@
-"""The module's docstring shows what happens: its cells run, in order, and print what stands below them."""
+"""The package's docstring shows what happens: its cells run, in order, and print what stands below them."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,8 @@ from textwrap import dedent
 
 import pytest
 
-from langchain_turboquant_local import chat_models
+import langchain_turboquant_local
+from langchain_turboquant_local import ChatTurboQuantLocal
 
 CELL = re.compile(
     r" *\.\. code-block:: python\n\n((?: {8}.*\n|\n)+)(?: *\.\. code-block:: text\n\n((?: {8}.*\n|\n)+))?"
@@ -17,7 +18,7 @@ def test_cells_print_what_they_say(
     tiny_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(Path(tiny_model).parents[1])
-    cells = CELL.findall(chat_models.__doc__ or "")
+    cells = CELL.findall(langchain_turboquant_local.__doc__ or "")
     assert len(cells) == 8
     assert sum(bool(expected) for _, expected in cells) == 7
     namespace: dict[str, object] = {}
@@ -25,5 +26,5 @@ def test_cells_print_what_they_say(
         exec(compile(dedent(source), "docstring", "exec"), namespace)
         assert capsys.readouterr().out.split() == expected.split(), source
     model = namespace["model"]
-    assert isinstance(model, chat_models.ChatTurboQuantLocal)
+    assert isinstance(model, ChatTurboQuantLocal)
     model.close()
