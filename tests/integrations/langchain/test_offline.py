@@ -1,5 +1,6 @@
 """Nothing is sent or fetched: not while importing, loading, answering or tracing."""
 
+import os
 import subprocess
 import sys
 
@@ -23,7 +24,7 @@ print(measured.total.runs, model.profile["max_input_tokens"])
 
 def test_no_socket_is_opened(tiny_model: str) -> None:
     # An environment of its own: the variable that keeps the hub's client offline must not be what keeps it quiet.
-    environment = {"PATH": "", "OMP_NUM_THREADS": "1"}
+    environment = {"PATH": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", PROGRAM, tiny_model]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
