@@ -1,7 +1,9 @@
 """LangChain's standard integration tests on the embedded model, once for each way to structured output.
 
-The model is small and trained for demonstrations (`examples/tiny-model`). What it cannot do by itself is done by a
-script, which makes given tokens the likely ones and leaves everything else to the engine: see `SCRIPTED`.
+The model is small and trained for demonstrations (`examples/tiny-model`). Six of the tests need one that understands.
+It passes three by itself: test_tool_calling, twice, and test_tool_calling_async. In the other three, test_agent_loop,
+twice, and test_unicode_tool_call_integration, a script makes given tokens the likely ones and leaves everything else to
+the engine; `SCRIPTED` has the tokens and says what the model does wrong on its own.
 """
 
 import shutil
@@ -27,9 +29,9 @@ def call(name: str, arguments: str) -> str:
 
 
 SCRIPTED = {
-    # The model stumbles over "San Francisco, CA", which it takes for two arguments.
+    # On its own it stumbles over "San Francisco, CA", which it takes for two arguments.
     "test_agent_loop": (call("get_weather", '{"location": "San Francisco, CA"}'), "It is sunny."),
-    # It knows English only: it copies the Chinese name, and does not find the end of the Japanese one.
+    # It knows English only: on its own it copies the Chinese name, and does not find the end of the Japanese one.
     "test_unicode_tool_call_integration": (
         call("unicode_customer", '{"customer_name": "你好啊集团", "description": "A Chinese technology company"}'),
         call("unicode_customer", '{"customer_name": "こんにちは株式会社", "description": "A Japanese company"}'),
