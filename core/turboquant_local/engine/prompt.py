@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from turboquant_local.engine.control_tokens import control_tokens, encode_marked, mark
 from turboquant_local.engine.tool_schema import tool_dicts
 from turboquant_local.engine.types import GenerationOptions, Message, Tool
 from turboquant_local.errors import ChatTemplateError, EmptyConversationError, GenerationOptionError, PromptError
@@ -52,7 +53,8 @@ def render_prompt(
 ) -> list[int]:
     """Renders a conversation, with the opening of the assistant's turn at its end.
 
-    The ids come straight from the template: no BOS is added to the one that a template may write.
+    The ids come straight from the template: no BOS is added to the one that a template may write. A control token that
+    stands in the messages or tools themselves is text.
 
     Args:
         tokenizer: The model's tokenizer, with its chat template.
@@ -78,7 +80,7 @@ def render_prompt(
     variables = _variables(options, chat_template)
     if functions:
         _require_tools_shown(tokenizer, conversation, functions, variables)
-    return cast(list[int], _apply(tokenizer, conversation, functions, variables, tokenize=True))
+    return _token_ids(tokenizer, conversation, functions, variables)
 
 
 def opens_reasoning(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> bool:
@@ -149,6 +151,25 @@ def _variables(options: GenerationOptions, chat_template: str | None) -> dict[st
     if chat_template is not None:
         variables["chat_template"] = chat_template
     return variables
+
+
+def _token_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: list[dict[str, Any]],
+    functions: list[dict[str, Any]],
+    variables: Mapping[str, Any],
+) -> list[int]:
+    template = variables.get("chat_template", "")
+    given = [conversation, functions, {name: variables[name] for name in variables if name != "chat_template"}]
+    own = getattr(tokenizer, "chat_template", None) or ""
+    if own or template:
+        tokens = control_tokens(tokenizer, f"{template}{own}")
+        marked = [mark(part, tokens) for part in given]
+        if marked != given:
+            conversation, functions, named = marked
+            text = _apply(tokenizer, conversation, functions, {**variables, **named}, tokenize=False)
+            return encode_marked(tokenizer, cast(str, text))
+    return cast(list[int], _apply(tokenizer, conversation, functions, variables, tokenize=True))
 
 
 def _require_tools_shown(
