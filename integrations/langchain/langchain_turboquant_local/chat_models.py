@@ -20,7 +20,7 @@ from pydantic import PrivateAttr
 
 from langchain_turboquant_local.engines import ConfigurableModel, EnginePool
 from langchain_turboquant_local.messages import to_engine_messages, with_calls_of_lone_results
-from langchain_turboquant_local.options import check_call, generation_options
+from langchain_turboquant_local.options import check_call, check_options, generation_options
 from langchain_turboquant_local.settings import ChatSettings
 from langchain_turboquant_local.streaming import ChunkWriter
 from langchain_turboquant_local.structured_output import Method, Schema, structured_model
@@ -226,6 +226,7 @@ class ChatTurboQuantLocal(ChatSettings):
             generation_options(kwargs, stop=stop),
             tool_choice=to_engine_tool_choice(kwargs.get("tool_choice"), [tool.name for tool in tools]),
         )
+        check_options(options)
         return _Call(
             engine=self._engine(model),
             model=model,

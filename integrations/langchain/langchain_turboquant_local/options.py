@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Final
 
+from turboquant_local.engine import options as engine
 from turboquant_local.engine.types import GenerationOptions
 from turboquant_local.errors import GenerationOptionError
 
@@ -22,6 +24,13 @@ _RENAMED: Final[Mapping[str, str]] = {
     "parallel_tool_calls": "parallel_tool_calls",
 }
 """LangChain's words for options, with the engine's."""
+
+_LANGCHAINS_WORDS: Final[Mapping[str, str]] = {own: name for name, own in _RENAMED.items()} | {
+    "extra": "generation_kwargs",
+    "GenerationOptions": "ChatTurboQuantLocal",
+}
+# What stands in quotes is the caller's own.
+_ENGINES_WORD: Final = re.compile(rf"(?<!')\b({'|'.join(_LANGCHAINS_WORDS)})\b")
 
 # "stream" is for LangChain, which has chosen the method by it; "n" may only be 1.
 CALL_OPTIONS: Final = (*_RENAMED, "model", "stop", "tools", "tool_choice", "strict", "stream", "n")
@@ -58,3 +67,16 @@ def generation_options(given: Mapping[str, Any], *, stop: Sequence[str] | str | 
     """
     renamed = {own: given[name] for name, own in _RENAMED.items() if given.get(name) is not None}
     return GenerationOptions(**renamed, stop=(stop,) if isinstance(stop, str) else tuple(stop or ()))
+
+
+def check_options(options: GenerationOptions) -> None:
+    """Check the engine's options without a model; an error names them in LangChain's words.
+
+    Raises:
+        GenerationOptionError: As the engine's own check.
+        BackendError: As the engine's own check.
+    """
+    try:
+        engine.check_options(options)
+    except GenerationOptionError as error:
+        raise GenerationOptionError(_ENGINES_WORD.sub(lambda word: _LANGCHAINS_WORDS[word[0]], str(error))) from None

@@ -10,13 +10,12 @@ from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.utils import secret_from_env
 from pydantic import ConfigDict, Field, SecretStr, field_validator, model_validator
 
-from langchain_turboquant_local.options import generation_options
+from langchain_turboquant_local.options import check_options, generation_options
 from langchain_turboquant_local.profile import model_profile
 from langchain_turboquant_local.streaming import PROVIDER
 from turboquant_local import TurboQuantConfig, __version__
 from turboquant_local.engine import GenerationOptions
 from turboquant_local.engine.loading import ModelSpec
-from turboquant_local.engine.options import check_options
 
 _NOT_IN_OUTPUT: Final = frozenset({"token", "api_key", "timeout", "max_retries", "streaming"})
 """Fields that change nothing in a reply."""
