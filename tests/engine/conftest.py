@@ -1,8 +1,7 @@
-"""Engines on the embedded model and on tiny random ones, and a gate that lets a model run step by step."""
+"""Engines on the embedded model and on tiny random ones."""
 
 import logging
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -80,40 +79,6 @@ def long_question() -> Callable[..., Message]:
         return Message("user", f"Data:\n{table}\n\nWhich value belongs to {who}?")
 
     return ask
-
-
-class Gate:
-    """Lets a model's forward passes through one by one, and counts them."""
-
-    def __init__(self, permits: int) -> None:
-        self.steps = 0
-        self._permits = threading.Semaphore(permits)
-
-    def open(self, permits: int = 100_000) -> None:
-        """Let so many more steps through."""
-        self._permits.release(permits)
-
-    def __call__(self, module: torch.nn.Module, args: object) -> None:
-        """The hook: wait for a permit."""
-        assert self._permits.acquire(timeout=60), "the test did not open the gate"
-        self.steps += 1
-
-
-@pytest.fixture
-def gate() -> Iterator[Callable[..., Gate]]:
-    """Puts a gate before the forward pass of an engine's model."""
-    hooks = []
-
-    def put(engine: ChatEngine, permits: int = 100_000) -> Gate:
-        engine.load()
-        assert engine._loaded is not None
-        made = Gate(permits)
-        hooks.append(engine._loaded.model.register_forward_pre_hook(made))
-        return made
-
-    yield put
-    for hook in hooks:
-        hook.remove()
 
 
 @pytest.fixture(autouse=True)

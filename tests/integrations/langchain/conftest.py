@@ -1,6 +1,5 @@
-"""The embedded model, a gate that lets it run step by step, and a script that puts words into its mouth."""
+"""The embedded model, and a script that puts words into its mouth."""
 
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,36 +66,14 @@ def torch_model(model: ChatTurboQuantLocal) -> torch.nn.Module:
     return loaded.model
 
 
-class Gate:
-    """Lets a model's forward passes through one by one, and counts them."""
-
-    def __init__(self, permits: int) -> None:
-        self.steps = 0
-        self._permits = threading.Semaphore(permits)
-
-    def open(self, permits: int = 100_000) -> None:
-        """Let so many more steps through."""
-        self._permits.release(permits)
-
-    def __call__(self, module: torch.nn.Module, args: object) -> None:
-        """The hook: wait for a permit."""
-        assert self._permits.acquire(timeout=60), "the test did not open the gate"
-        self.steps += 1
-
-
 @pytest.fixture
-def gate() -> Iterator[Callable[..., Gate]]:
+def gate(gate: Callable[..., Any]) -> Callable[..., Any]:
     """Puts a gate before the forward pass of a chat model."""
-    hooks = []
 
-    def put(model: ChatTurboQuantLocal, permits: int = 100_000) -> Gate:
-        made = Gate(permits)
-        hooks.append(torch_model(model).register_forward_pre_hook(made))
-        return made
+    def put(model: ChatTurboQuantLocal, permits: int = 100_000) -> Any:
+        return gate(model._engine(model.model), permits)
 
-    yield put
-    for hook in hooks:
-        hook.remove()
+    return put
 
 
 class Script:
