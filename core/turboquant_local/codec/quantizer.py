@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from turboquant_local.codec.codebook import lloyd_max
-from turboquant_local.codec.packing import byte_codes, pack_codes, packed_size, planes, unpack_codes
+from turboquant_local.codec.packing import aligned, byte_codes, pack_codes, packed_size, planes, unpack_codes
 from turboquant_local.codec.rotation import rotation_matrix
 from turboquant_local.config import Rotation, Scale
 
@@ -129,7 +129,7 @@ class MSEQuantizer:
         """The centroids of packed codes: `[..., head_dim]` float32."""
         constants = _constants(self, codes.device)
         if len(planes(self.bits)) == 1:  # a byte looks up all its centroids at once
-            return torch.nn.functional.embedding(codes.int(), constants.byte_levels).flatten(-2)
+            return torch.nn.functional.embedding(aligned(codes, self.bits).int(), constants.byte_levels).flatten(-2)
         return constants.centroids.take(unpack_codes(codes, self.bits).long())
 
     def dequantize(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 `prmt` looks four bytes up in a table of eight bytes at once: its selector is four nibbles, of which three bits count.
 So codes are brought into nibbles, the low and the high bytes of the centroids are looked up and then interleaved. All
-of it is elementwise over the four elements that one call takes, so any layout of the registers is right.
+of it is elementwise over the elements that one call takes, so any layout of the registers is right.
 """
 
 from functools import lru_cache
@@ -21,27 +21,42 @@ _PAIR = ("0x6240", "0x7351")
 def decoder(head_dim: int, bits: int) -> str:
     """The assembly for `codes.levels`.
 
-    Operands: two registers (four float16) a slot, then the low plane's registers, then for three bits the high
-    plane's.
+    Operands: the registers of the slots' float16 (for four bits one a slot, else two), then the packed elements.
 
     Args:
         head_dim: Size of the vectors.
         bits: One of `BITS`.
     """
-    lines = {2: _two, 3: _three, 4: _four}[bits](_byte_tables(head_dim, bits))
+    tables, first = _byte_tables(head_dim, bits)
+    lines = first + {2: _two, 3: _three, 4: _four}[bits](tables)
     return "{\n" + ";\n".join(lines) + ";\n}"
 
 
-def _byte_tables(head_dim: int, bits: int) -> dict[str, str]:
-    """Low and high bytes of the centroids, as the two words of a table; of the positive ones for four bits."""
+_TABLES = [
+    ".reg .b32 s, t, l, h, tl, th",
+    "mov.u32 tl, %lanemask_lt",
+    "mov.u32 th, %lanemask_ge",
+    "and.b32 tl, tl, th",
+]
+"""A zero that the assembler does not see through: one word of each table stays in a register of its own. Otherwise it
+goes to the uniform registers, which `prmt` cannot read, and every look-up costs one move."""
+
+
+def _byte_tables(head_dim: int, bits: int) -> tuple[dict[str, str], list[str]]:
+    """Low and high bytes of the centroids as tables: of the positive ones for four bits.
+
+    Returns:
+        The two words of each table as operands, and the lines that must come first.
+    """
     centroids = lloyd_max(head_dim, bits).centroids
     entries = (centroids[8:] if bits == 4 else centroids).to(torch.float16).view(torch.int16).tolist()
     entries += [0] * (8 - len(entries))
-    words = {}
-    for name, shift in (("l", 0), ("h", 8)):
+    tables, lines = {}, list(_TABLES)
+    for name, shift in (("h", 8), ("l", 0)):
         low, high = (sum(((x >> shift) & 255) << (8 * i) for i, x in enumerate(entries[at : at + 4])) for at in (0, 4))
-        words[name] = f"{low:#x}, {high:#x}"
-    return words
+        tables[name] = f"t{name}, {high:#x}"
+        lines.append(f"add.u32 t{name}, tl, {low:#x}")
+    return tables, lines
 
 
 def _look_up(tables: dict[str, str], selector: str, even: int, odd: int) -> list[str]:
@@ -57,51 +72,33 @@ def _look_up(tables: dict[str, str], selector: str, even: int, odd: int) -> list
 
 def _two(tables: dict[str, str]) -> list[str]:
     return [
-        ".reg .b32 e, o, l, h",
-        "and.b32 e, $8, 0x33333333",
-        "shr.u32 o, $8, 2",
-        "and.b32 o, o, 0x33333333",
-        *_look_up(tables, "e", 0, 2),
-        *_look_up(tables, "o", 1, 3),
+        "and.b32 s, $8, 0x33333333",
+        "shr.u32 t, $8, 2",
+        "and.b32 t, t, 0x33333333",
+        *_look_up(tables, "s", 0, 2),
+        *_look_up(tables, "t", 1, 3),
     ]
 
 
 def _three(tables: dict[str, str]) -> list[str]:
-    """The high plane's bit of a slot belongs at bit 2 of a nibble: of its byte that is bit 2 or 6."""
-    lines = [
-        ".reg .b32 t, u, e, o, l, h",
-        "prmt.b32 t, $16, $17, 0x6420",  # slots 0-3 of the four elements
-        "prmt.b32 u, $16, $17, 0x7531",  # slots 4-7
-    ]
-    for word, first in (("t", 0), ("u", 4)):
-        lines.append(f"and.b32 e, {word}, 0x33333333")
-        lines.append(f"shr.u32 o, {word}, 2")
-        lines.append("and.b32 o, o, 0x33333333")
-        for slot, selector, bit in ((0, "e", 2), (2, "e", 6), (1, "o", 2), (3, "o", 6)):
-            by = bit - first - slot
-            lines.append(f"{'shl.b32' if by > 0 else 'shr.u32'} l, $18, {abs(by)}")
-            mask = "0x04040404" if bit == 2 else "0x40404040"
-            lines.append(f"lop3.b32 {selector}, {selector}, l, {mask}, 0xF8")
-        lines += _look_up(tables, "e", first, first + 2)
-        lines += _look_up(tables, "o", first + 1, first + 3)
-    return lines
+    """Three planes hold a code in the lowest bits of each nibble; the bits left over make up two more codes."""
+    lines = []
+    for plane, operand in enumerate(("$16", "$17", "$18")):
+        lines.append(f"and.b32 s, {operand}, 0x77777777")
+        lines += _look_up(tables, "s", 2 * plane, 2 * plane + 1)
+    lines += ["shr.u32 s, $16, 3", "and.b32 s, s, 0x11111111"]
+    lines += ["shr.u32 t, $17, 2", "lop3.b32 s, t, 0x22222222, s, 0xEA"]
+    lines += ["shr.u32 t, $18, 1", "lop3.b32 s, t, 0x44444444, s, 0xEA"]
+    return lines + _look_up(tables, "s", 6, 7)
 
 
 def _four(tables: dict[str, str]) -> list[str]:
-    """The codebook is symmetric: below 8 a code's magnitude is its bits flipped, and bit 3 is the sign."""
-    lines = [
-        ".reg .b32 n, m, w, l, h, s",
-        "lop3.b32 n, $4, 0x88888888, 0, 0x0C",
-        "shr.u32 m, n, 3",
-        "sub.u32 m, n, m",
-        "lop3.b32 m, $4, m, 0x77777777, 0x28",
-        "shl.b32 w, $4, 4",
-    ]
-    for half, spread in ((0, "0x5140"), (1, "0x7362")):
+    """Two elements of 16 bits; their signs lie where the bytes looked up have theirs (see `codec.packing`)."""
+    lines = ["and.b32 s, $4, 0x77777777", "prmt.b32 s, s, s, 0x3120"]
+    for half in (0, 1):
         if half:
-            lines.append("shr.u32 m, m, 16")
-        lines += [f"prmt.b32 {name}, {words}, m" for name, words in tables.items()]
-        lines.append(f"prmt.b32 s, w, $4, {spread}")
-        lines.append("lop3.b32 h, h, s, 0x80808080, 0xF2")
-        lines += [f"prmt.b32 ${slot * 2 + half}, l, h, {pair}" for slot, pair in enumerate(_PAIR)]
+            lines += ["shr.u32 s, s, 16", "shl.b32 t, $4, 4"]
+        lines += [f"prmt.b32 {name}, {words}, s" for name, words in tables.items()]
+        lines.append(f"lop3.b32 h, {'t' if half else '$4'}, 0x80808080, h, 0xEA")
+        lines += [f"prmt.b32 ${2 * half + slot}, l, h, {pair}" for slot, pair in enumerate(_PAIR)]
     return lines

@@ -1,7 +1,8 @@
 """Packed codes to centroids, in registers: the device functions that all operations share.
 
-A tile of packed bytes becomes a tile of centroids with its `slots` (the codes that one byte, or one pair of planes,
-holds) in the last dimensions: slot s of element g is channel `slots * g + s`.
+A tile of packed elements becomes a tile of centroids with its `slots` (the codes that one element holds) in the last
+dimensions: slot s of element g is channel `slots * g + s`. An element is a byte; for four bits 16 bits; for three bits
+one byte of each of three planes. The bit order is that of `codec.packing`.
 """
 
 import triton
@@ -10,22 +11,33 @@ import triton.language as tl
 
 @triton.constexpr_function
 def slots(bits: int) -> int:
-    """Codes that one element of a tile holds: those of a byte, or of 24 bits for three-bit codes."""
-    return 8 if bits in (1, 3) else max(8 // bits, 1)
+    """Codes that one element of a tile holds."""
+    return {1: 8, 2: 4, 3: 8, 4: 4}.get(bits, 1)
 
 
 @triton.jit
-def _level(code, table, DTYPE: tl.constexpr):
-    return tl.load(table + code.to(tl.int32)).to(DTYPE)
-
-
-@triton.jit
-def _code(low, high, SLOT: tl.constexpr, BITS: tl.constexpr):
-    if BITS == 1:  # there is no second plane to read
-        code = (low >> SLOT) & 1
+def _code(x, y, z, SLOT: tl.constexpr, BITS: tl.constexpr):
+    """The code of a slot, as an index of the codebook."""
+    if BITS == 8:
+        code = x
+    elif BITS == 4:
+        SIGN: tl.constexpr = (7 + 8 * SLOT) % 20
+        code = ((x >> (4 * SLOT)) & 7) ^ (8 ^ (((x >> SIGN) & 1) * 15))
+    elif BITS == 3:
+        if SLOT < 6:
+            plane = x if SLOT < 2 else (y if SLOT < 4 else z)
+            code = (plane >> (4 * (SLOT % 2))) & 7
+        else:
+            BIT: tl.constexpr = 3 + 4 * (SLOT % 2)
+            code = ((x >> BIT) & 1) | (((y >> BIT) & 1) << 1) | (((z >> BIT) & 1) << 2)
     else:
-        code = ((low >> (2 * SLOT)) & 3) | (((high.to(tl.uint16) >> SLOT) & 1) << 2)
+        code = (x >> (BITS * SLOT)) & ((1 << BITS) - 1)
     return code
+
+
+@triton.jit
+def _level(x, y, z, table, SLOT: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    return tl.load(table + _code(x, y, z, SLOT, BITS).to(tl.int32)).to(DTYPE)
 
 
 @triton.jit
@@ -34,42 +46,43 @@ def _joined(x0, x1, x2, x3):
 
 
 @triton.jit
-def _levels_by_assembly(low, high, BITS: tl.constexpr, ASM: tl.constexpr):
+def _levels_by_assembly(x, y, z, BITS: tl.constexpr, ASM: tl.constexpr):
     if BITS == 4:
-        a, b = tl.inline_asm_elementwise(
-            ASM, "=&r,=&r,=&r,=&r,r", [low], (tl.float16, tl.float16), is_pure=True, pack=4
+        a, b, c, d = tl.inline_asm_elementwise(
+            ASM, "=&r,=&r,=&r,=&r,r", [x], (tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2
         )
-        x = tl.join(a, b)
+        out = _joined(a, b, c, d)
     elif BITS == 2:
         a, b, c, d = tl.inline_asm_elementwise(
             ASM,
             "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r",
-            [low],
+            [x],
             (tl.float16, tl.float16, tl.float16, tl.float16),
             is_pure=True,
             pack=4,
         )
-        x = _joined(a, b, c, d)
+        out = _joined(a, b, c, d)
     else:
         a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
             ASM,
             "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r",
-            [low, high],
+            [x, y, z],
             (tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16),
             is_pure=True,
             pack=4,
         )
-        x = tl.join(_joined(a, c, e, g), _joined(b, d, f, h))
-    return x
+        out = tl.join(_joined(a, c, e, g), _joined(b, d, f, h))
+    return out
 
 
 @triton.jit
-def levels(low, high, table, BITS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+def levels(x, y, z, table, BITS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
     """Centroids of a tile of packed codes.
 
     Args:
-        low: `[..., groups]` uint8 bytes; the two-bit plane of three-bit codes as uint16.
-        high: The one-bit plane of three-bit codes, else ignored.
+        x: `[..., groups]` packed elements; of three-bit codes the first plane.
+        y: The second plane of three-bit codes, else ignored.
+        z: The third plane of three-bit codes, else ignored.
         table: Pointer to the centroids, float32.
         BITS: 1, 2, 3, 4 or 8.
         DTYPE: Type of the result.
@@ -79,30 +92,19 @@ def levels(low, high, table, BITS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.co
         `[..., groups]` with `slots(BITS)` entries in further dimensions of 2, none for 8 bits.
     """
     if ASM is not None:
-        x = _levels_by_assembly(low, high, BITS, ASM)
+        out = _levels_by_assembly(x, y, z, BITS, ASM)
     elif BITS == 8:
-        x = _level(low, table, DTYPE)
-    elif BITS == 4:
-        x = tl.join(_level(low & 15, table, DTYPE), _level(low >> 4, table, DTYPE))
-    elif BITS == 2:
-        x = _joined(
-            _level(low & 3, table, DTYPE),
-            _level((low >> 2) & 3, table, DTYPE),
-            _level((low >> 4) & 3, table, DTYPE),
-            _level(low >> 6, table, DTYPE),
-        )
+        out = _level(x, y, z, table, 0, BITS, DTYPE)
     else:
-        even = _joined(
-            _level(_code(low, high, 0, BITS), table, DTYPE),
-            _level(_code(low, high, 2, BITS), table, DTYPE),
-            _level(_code(low, high, 4, BITS), table, DTYPE),
-            _level(_code(low, high, 6, BITS), table, DTYPE),
-        )
-        odd = _joined(
-            _level(_code(low, high, 1, BITS), table, DTYPE),
-            _level(_code(low, high, 3, BITS), table, DTYPE),
-            _level(_code(low, high, 5, BITS), table, DTYPE),
-            _level(_code(low, high, 7, BITS), table, DTYPE),
-        )
-        x = tl.join(even, odd)
-    return x
+        even = _level(x, y, z, table, 0, BITS, DTYPE), _level(x, y, z, table, 2, BITS, DTYPE)
+        odd = _level(x, y, z, table, 1, BITS, DTYPE), _level(x, y, z, table, 3, BITS, DTYPE)
+        if BITS == 2 or BITS == 4:
+            out = _joined(even[0], odd[0], even[1], odd[1])
+        else:
+            more_even = _level(x, y, z, table, 4, BITS, DTYPE), _level(x, y, z, table, 6, BITS, DTYPE)
+            more_odd = _level(x, y, z, table, 5, BITS, DTYPE), _level(x, y, z, table, 7, BITS, DTYPE)
+            out = tl.join(
+                _joined(even[0], even[1], more_even[0], more_even[1]),
+                _joined(odd[0], odd[1], more_odd[0], more_odd[1]),
+            )
+    return out

@@ -90,6 +90,8 @@ def attention(
     if pairs:
         k_scales, v_scales = k_scales.view(torch.int32), v_scales.view(torch.int32)
 
+    overlap = not triton.knobs.runtime.interpret and _capability(query.device) >= (9, 0)
+    beside = {"launch_pdl": True} if overlap else {}
     rows_at_once = 16 if group * q_length > 8 else 8
     chunks = triton.cdiv(group * q_length, rows_at_once)
     tiles = triton.cdiv(k.length, launch.warps * launch.tokens)
@@ -107,7 +109,8 @@ def attention(
     if k.quantizer.bits < 16:
         prepare[(rows, triton.cdiv(k_dim, 32))](
             query, k_rotation, query if k.mean is None else k.mean.contiguous(), code, coefficient, offset,
-            group * q_length, D=k_dim, DP=k_padded, COLUMNS=32, MEAN=k.mean is not None, num_warps=4,
+            group * q_length, D=k_dim, DP=k_padded, COLUMNS=32, MEAN=k.mean is not None,
+            OVERLAP=overlap, num_warps=4,
         )  # fmt: skip
     mask_kind, mask, mask_strides = _mask(query, mask)
     partials[(batch * kv_heads, shares, chunks)](
@@ -124,14 +127,15 @@ def attention(
         K_BITS=k.quantizer.bits, V_BITS=v.quantizer.bits,
         K_ASM=k_asm, V_ASM=v_asm, MEAN=k.mean is not None, PAIRS=pairs, MASK=mask_kind,
         CAUSAL=causal, SOFTCAP=softcap is not None,
-        W=launch.warps, BN=launch.tokens, STAGES=launch.stages, num_warps=launch.warps,
+        W=launch.warps, BN=launch.tokens, STAGES=launch.stages, OVERLAP=overlap and k.quantizer.bits < 16,
+        num_warps=launch.warps, **(beside if k.quantizer.bits < 16 else {}),
     )  # fmt: skip
     # With few queries, several programs share one; with many, none reads the shares twice.
     columns = 32 if rows < _multiprocessors(query.device) else 2**14 // v_padded
     combine[(rows, triton.cdiv(v_dim, columns))](
         out, lse, lse if sink_logits is None else sink_logits, v_rotation, result, shares, q_heads, q_length,
         D=v_dim, DP=v_padded, SINK=sink_logits is not None, ROTATED=v.quantizer.bits < 16,
-        SHARES=64, COLUMNS=min(columns, v_padded), num_warps=8,
+        SHARES=64, COLUMNS=min(columns, v_padded), OVERLAP=overlap, num_warps=8, **beside,
     )  # fmt: skip
     return result
 
@@ -151,6 +155,11 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@lru_cache(maxsize=8)
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _parts(packed: PackedKV, fast: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str | None, torch.Tensor]:

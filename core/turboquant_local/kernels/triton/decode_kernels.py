@@ -5,6 +5,7 @@ Every warp keeps a softmax of its own over its own tokens, so warps meet only on
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from turboquant_local.kernels.triton.codes import slots
 from turboquant_local.kernels.triton.tiles import (
@@ -136,14 +137,16 @@ def partials(
     KD: tl.constexpr, KDP: tl.constexpr, VD: tl.constexpr, VDP: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_ASM: tl.constexpr, V_ASM: tl.constexpr, MEAN: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, PAIRS: tl.constexpr,
-    W: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    W: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Attend to one share of one KV head's tokens, for up to ROWS of its queries.
 
     Share 0 is the sinks and the recent window, the others are `split_tiles` tiles of packed tokens each. Arguments as
     in `decode_attention.attention`; `out` is `[rows, shares, VD]`, in the space of the values' codes but for share 0,
-    and `lse` `[rows, shares]`.
+    and `lse` `[rows, shares]`. With OVERLAP it may have started beside `prepare`, and lets `combine` do so.
     """
+    if OVERLAP:
+        gdc_launch_dependents()
     pair = tl.program_id(0)
     share = tl.program_id(1)
     batch = (pair // KV_HEADS).to(tl.int64)
@@ -161,6 +164,8 @@ def partials(
     m = tl.full([W, ROWS], -INFINITY, tl.float32)
     total = tl.zeros([W, BN, ROWS], tl.float32)
     acc = tl.zeros([W, VDP, ROWS], tl.float32)
+    if OVERLAP:
+        gdc_wait()
     if share == 0:
         m, total, acc = _sinks_and_recent(
             q, k_sinks, k_recent, v_sinks, v_recent, mask,

@@ -46,16 +46,18 @@ def _load_row(at, element, REAL: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit
 def _load(codes, token, element, D: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr):
-    """Packed elements of some tokens: the low plane, and the high one of 3 bits."""
-    real: tl.constexpr = D // slots(BITS)
+    """Packed elements of some tokens; of 3 bits the three planes."""
+    REAL: tl.constexpr = D // slots(BITS)
     at = codes + token * (D * BITS // 8)
+    if BITS == 4:
+        at = at.to(tl.pointer_type(tl.uint16), bitcast=True)
+    x = _load_row(at, element, REAL, C)
+    y = x
+    z = x
     if BITS == 3:
-        low = _load_row(at.to(tl.pointer_type(tl.uint16), bitcast=True), element, real, C)
-        high = _load_row(at + 2 * real, element, real, C)
-    else:
-        low = _load_row(at, element, real, C)
-        high = low
-    return low, high
+        y = _load_row(at + REAL, element, REAL, C)
+        z = _load_row(at + 2 * REAL, element, REAL, C)
+    return x, y, z
 
 
 @triton.jit
@@ -78,8 +80,8 @@ def load_keys(
     t = tl.arange(0, 4)[None, None, :, None, None]
     p = tl.arange(0, 8)[None, None, None, :, None]
     element = tl.arange(0, C)[None, None, None, None, :]
-    low, high = _load(codes, tl.minimum((r * W + w) * 32 + 4 * p + t, last), element, D, BITS, C)
-    x = levels(low, high, table, BITS, DTYPE, ASM)
+    a, b, c = _load(codes, tl.minimum((r * W + w) * 32 + 4 * p + t, last), element, D, BITS, C)
+    x = levels(a, b, c, table, BITS, DTYPE, ASM)
     x = tl.reshape(x, [R, W, 32, 4, C // 4 // V, V, S // U, U])
     return tl.reshape(tl.permute(x, [1, 0, 2, 6, 4, 3, 7, 5]), [W, BN, C * S])
 
@@ -100,8 +102,8 @@ def load_values(
     p = tl.arange(0, 8)[None, None, :, None, None]
     t = tl.arange(0, 4)[None, None, None, :, None]
     element = tl.arange(0, C)[None, None, None, None, :]
-    low, high = _load(codes, tl.minimum((r * W + w) * 32 + 4 * p + t, last), element, D, BITS, C)
-    x = levels(low, high, table, BITS, DTYPE, ASM)
+    a, b, c = _load(codes, tl.minimum((r * W + w) * 32 + 4 * p + t, last), element, D, BITS, C)
+    x = levels(a, b, c, table, BITS, DTYPE, ASM)
     x = tl.reshape(x, [R, W, 8, 4, 8, C // 8, slots(BITS)])
     return tl.reshape(tl.permute(x, [1, 6, 5, 4, 0, 3, 2]), [W, C * slots(BITS), BN])
 
