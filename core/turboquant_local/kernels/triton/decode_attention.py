@@ -90,12 +90,10 @@ def attention(
     if pairs:
         k_scales, v_scales = k_scales.view(torch.int32), v_scales.view(torch.int32)
 
-    overlap = not triton.knobs.runtime.interpret and _capability(query.device) >= (9, 0)
-    beside = {"launch_pdl": True} if overlap else {}
     rows_at_once = 16 if group * q_length > 8 else 8
     chunks = triton.cdiv(group * q_length, rows_at_once)
     tiles = triton.cdiv(k.length, launch.warps * launch.tokens)
-    wanted = max(1, launch.waves * _multiprocessors(query.device) // (batch * kv_heads * chunks))
+    wanted = max(1, launch.waves * _multiprocessors(query.device) // (batch * kv_heads * chunks) - 1)
     split_tiles = triton.cdiv(tiles, min(wanted, tiles))
     shares = 1 + triton.cdiv(tiles, split_tiles)
 
@@ -109,8 +107,7 @@ def attention(
     if k.quantizer.bits < 16:
         prepare[(rows, triton.cdiv(k_dim, 32))](
             query, k_rotation, query if k.mean is None else k.mean.contiguous(), code, coefficient, offset,
-            group * q_length, D=k_dim, DP=k_padded, COLUMNS=32, MEAN=k.mean is not None,
-            OVERLAP=overlap, num_warps=4,
+            group * q_length, D=k_dim, DP=k_padded, COLUMNS=32, MEAN=k.mean is not None, num_warps=4,
         )  # fmt: skip
     mask_kind, mask, mask_strides = _mask(query, mask)
     partials[(batch * kv_heads, shares, chunks)](
@@ -120,22 +117,22 @@ def attention(
         mask, out, lse,
         *k_codes.stride()[:2], *k_scales.stride()[:2], *v_codes.stride()[:2], *v_scales.stride()[:2],
         *mask_strides,
-        keys.sinks.shape[2], k.length, keys.recent.shape[2], split_tiles,
+        keys.sinks.shape[2], k.length, keys.recent.shape[2], keys.sinks.shape[2], keys.shape[2], split_tiles,
+        0, shares,
         scaling if softcap is not None else scaling * 1.4426950408889634, softcap or 0.0,
         KV_HEADS=kv_heads, GROUP=group, Q_LENGTH=q_length, ROWS=rows_at_once,
         KD=k_dim, KDP=k_padded, VD=v_dim, VDP=v_padded,
         K_BITS=k.quantizer.bits, V_BITS=v.quantizer.bits,
-        K_ASM=k_asm, V_ASM=v_asm, MEAN=k.mean is not None, PAIRS=pairs, MASK=mask_kind,
+        K_ASM=k_asm, V_ASM=v_asm, MEAN=k.mean is not None, PAIRS=pairs, PLAIN=True, MASK=mask_kind,
         CAUSAL=causal, SOFTCAP=softcap is not None,
-        W=launch.warps, BN=launch.tokens, STAGES=launch.stages, OVERLAP=overlap and k.quantizer.bits < 16,
-        num_warps=launch.warps, **(beside if k.quantizer.bits < 16 else {}),
+        W=launch.warps, BN=launch.tokens, STAGES=launch.stages, num_warps=launch.warps,
     )  # fmt: skip
     # With few queries, several programs share one; with many, none reads the shares twice.
     columns = 32 if rows < _multiprocessors(query.device) else 2**14 // v_padded
     combine[(rows, triton.cdiv(v_dim, columns))](
         out, lse, lse if sink_logits is None else sink_logits, v_rotation, result, shares, q_heads, q_length,
         D=v_dim, DP=v_padded, SINK=sink_logits is not None, ROTATED=v.quantizer.bits < 16,
-        SHARES=64, COLUMNS=min(columns, v_padded), OVERLAP=overlap, num_warps=8, **beside,
+        SHARES=64, COLUMNS=min(columns, v_padded), num_warps=8,
     )  # fmt: skip
     return result
 
@@ -147,7 +144,9 @@ def _launch(k: PackedKV, v: PackedKV, dtype: torch.dtype, vectors: int) -> Launc
     quantizers = (k.quantizer, v.quantizer)
     if max(x.head_dim for x in quantizers) > 128 or max(x.bits for x in quantizers) > 4:
         return Launch(warps=2, stages=2, waves=4)
-    return Launch(waves=3 if vectors >= 2**19 else 2)
+    if vectors >= 2**19:
+        return Launch(warps=1, waves=8 if vectors < 2**21 else 16)
+    return Launch(warps=4, waves=2) if vectors >= 2**17 else Launch(warps=2, stages=2, waves=4)
 
 
 @lru_cache(maxsize=8)
@@ -155,11 +154,6 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-@lru_cache(maxsize=8)
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 def _parts(packed: PackedKV, fast: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str | None, torch.Tensor]:

@@ -5,7 +5,6 @@ Every warp keeps a softmax of its own over its own tokens, so warps meet only on
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from turboquant_local.kernels.triton.codes import slots
 from turboquant_local.kernels.triton.tiles import (
@@ -87,38 +86,79 @@ def _finish(m, total, acc, channels, out, lse, at, valid, D: tl.constexpr):
 @triton.jit
 def _sinks_and_recent(
     q, k_sinks, k_recent, v_sinks, v_recent, mask,
-    pair, row, valid, head, token, sinks, packed, recent, factor, softcap,
+    pair, row, valid, head, token, sinks, recent, kv_length, factor, softcap,
     stride_mh, stride_mq, stride_mk, m, total, acc,
     KD: tl.constexpr, KDP: tl.constexpr, VD: tl.constexpr, VDP: tl.constexpr, Q_LENGTH: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, W: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The tokens that are not packed."""
-    w = tl.arange(0, W)[:, None]
-    b = tl.arange(0, BN)[None, :]
+    """The tokens that are not packed: the first and the last of all."""
     query = load_queries(q, row, valid, tl.arange(0, KDP), KD, W)
-    for part in tl.range(0, 2, num_stages=1):
-        is_sink = part == 0
-        count = tl.where(is_sink, sinks, recent)
-        first = tl.where(is_sink, 0, sinks + packed)
-        keys = tl.where(is_sink, k_sinks, k_recent) + pair * count * KD
-        values = tl.where(is_sink, v_sinks, v_recent) + pair * count * VD
-        for start in tl.range(0, count, W * BN, num_stages=1):
-            local = start + w * BN + b
-            in_range = local < count
-            local = tl.minimum(local, count - 1)
-            s = tl.dot(load_plain(keys + local * KD, KD, KDP), query, input_precision="ieee") * factor
-            s = _visible(
-                s, first + local, sinks + packed + recent, mask, head, token, in_range, stride_mh, stride_mq, stride_mk,
-                softcap, Q_LENGTH, MASK, CAUSAL, SOFTCAP,
-            )  # fmt: skip
-            s = tl.where(in_range[:, :, None], s, -INFINITY)
-            p, m, total, acc = _softmax(s, tl.full([W, BN], 1.0, tl.float32), m, total, acc)
-            v = tl.permute(load_plain(values + local * VD, VD, VDP), [0, 2, 1])
-            acc = tl.dot(v, p.to(v.dtype), acc=acc, input_precision="ieee")
+    k_sinks += pair * sinks * KD
+    v_sinks += pair * sinks * VD
+    k_recent += (pair * recent - sinks) * KD
+    v_recent += (pair * recent - sinks) * VD
+    for start in tl.range(0, sinks + recent, W * BN, num_stages=1):
+        local = start + tl.arange(0, W)[:, None] * BN + tl.arange(0, BN)[None, :]
+        in_range = local < sinks + recent
+        is_sink = local < sinks
+        keys = load_plain(tl.where(is_sink, k_sinks, k_recent) + local * KD, in_range, KD, KDP, False)
+        values = load_plain(tl.where(is_sink, v_sinks, v_recent) + local * VD, in_range, VD, VDP, False)
+        s = tl.dot(keys, query, input_precision="ieee") * factor
+        s = _visible(
+            s, tl.where(is_sink, local, local + kv_length - sinks - recent), kv_length, mask, head, token, in_range,
+            stride_mh, stride_mq, stride_mk, softcap, Q_LENGTH, MASK, CAUSAL, SOFTCAP,
+        )  # fmt: skip
+        s = tl.where(in_range[:, :, None], s, -INFINITY)
+        p, m, total, acc = _softmax(s, tl.full([W, BN], 1.0, tl.float32), m, total, acc)
+        values = tl.permute(values, [0, 2, 1])
+        acc = tl.dot(values, p.to(values.dtype), acc=acc, input_precision="ieee")
     return m, total, acc
 
 
-_RUN_TIME = ["sinks", "packed", "recent", "split_tiles"] + [
+@triton.jit
+def _packed_tile(
+    k_codes, k_scales, k_table, v_codes, v_scales, v_table, mask,
+    query, coefficient, constant, head, token, start, packed, position, kv_length, factor, softcap,
+    stride_mh, stride_mq, stride_mk, m, total, acc,
+    KD: tl.constexpr, KDP: tl.constexpr, VD: tl.constexpr, VDP: tl.constexpr, Q_LENGTH: tl.constexpr,
+    K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_ASM: tl.constexpr, V_ASM: tl.constexpr, MEAN: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, PAIRS: tl.constexpr,
+    W: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """One tile of packed tokens, of which `FULL` says that none lies behind the last."""
+    PER_SCALE: tl.constexpr = 2 if PAIRS else 1
+    left = packed - start
+    local = token_of(tl.arange(0, W)[:, None], tl.arange(0, BN)[None, :], W)
+    in_range = local < left
+    if K_BITS == 16:
+        k = load_plain(k_codes + (start.to(tl.int64) + local) * KD, in_range, KD, KDP, FULL)
+        s = tl.dot(k, query, input_precision="ieee") * factor
+    else:
+        k_scale = load_scales(k_scales + start // PER_SCALE, left, W, BN, PAIRS, FULL)
+        k_at = k_codes + start.to(tl.int64) * (KD * K_BITS // 8)
+        k = load_keys(k_at, k_table, left, KD, K_BITS, KDP // slots(K_BITS), W, BN, DTYPE, K_ASM, FULL)
+        s = tl.dot(k, query, input_precision="ieee") * k_scale[:, :, None] * coefficient[None, None, :]
+    if MEAN:
+        s += constant[None, None, :]
+    s = _visible(
+        s, position + start + local, kv_length, mask, head, token, in_range,
+        stride_mh, stride_mq, stride_mk, softcap, Q_LENGTH, MASK, CAUSAL, SOFTCAP,
+    )  # fmt: skip
+    if not FULL:
+        s = tl.where(in_range[:, :, None], s, -INFINITY)
+    if V_BITS == 16:
+        p, m, total, acc = _softmax(s, tl.full([W, BN], 1.0, tl.float32), m, total, acc)
+        v = load_plain(v_codes + (start.to(tl.int64) + local) * VD, in_range, VD, VDP, FULL)
+        v = tl.permute(v, [0, 2, 1])
+    else:
+        scale = load_scales(v_scales + start // PER_SCALE, left, W, BN, PAIRS, FULL)
+        p, m, total, acc = _softmax(s, scale, m, total, acc)
+        v_at = v_codes + start.to(tl.int64) * (VD * V_BITS // 8)
+        v = load_values(v_at, v_table, left, VD, V_BITS, VDP // slots(V_BITS), W, BN, DTYPE, V_ASM, FULL)
+    return m, total, tl.dot(v, p.to(v.dtype), acc=acc, input_precision="ieee")
+
+
+_RUN_TIME = ["sinks", "packed", "recent", "position", "kv_length", "split_tiles", "first_share", "shares"] + [
     f"{name}_stride_{of}" for name, dims in (("ks", "bh"), ("vs", "bh"), ("mask", "bhqk")) for of in dims
 ]
 """Integers whose value must not decide which variant is compiled."""
@@ -132,23 +172,23 @@ def partials(
     mask, out, lse,
     k_stride_b, k_stride_h, ks_stride_b, ks_stride_h, v_stride_b, v_stride_h, vs_stride_b, vs_stride_h,
     mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
-    sinks, packed, recent, split_tiles, factor, softcap,
+    sinks, packed, recent, position, kv_length, split_tiles, first_share, shares, factor, softcap,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, Q_LENGTH: tl.constexpr, ROWS: tl.constexpr,
     KD: tl.constexpr, KDP: tl.constexpr, VD: tl.constexpr, VDP: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_ASM: tl.constexpr, V_ASM: tl.constexpr, MEAN: tl.constexpr,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, PAIRS: tl.constexpr,
-    W: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, PAIRS: tl.constexpr, PLAIN: tl.constexpr,
+    W: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attend to one share of one KV head's tokens, for up to ROWS of its queries.
 
-    Share 0 is the sinks and the recent window, the others are `split_tiles` tiles of packed tokens each. Arguments as
-    in `decode_attention.attention`; `out` is `[rows, shares, VD]`, in the space of the values' codes but for share 0,
-    and `lse` `[rows, shares]`. With OVERLAP it may have started beside `prepare`, and lets `combine` do so.
+    The packed tokens are one stretch of the whole, the `position`-th of all first, cut into shares of `split_tiles`
+    tiles. With PLAIN there is one share more, the first: sinks and recent window. Other stretches have calls of their
+    own, which write to the same `out` and `lse` from `first_share` on.
+
+    Arguments as in `decode_attention.attention`; `out` is `[rows, shares, VD]`, in the space of the values' codes but
+    for the plain share, and `lse` `[rows, shares]`.
     """
-    if OVERLAP:
-        gdc_launch_dependents()
     pair = tl.program_id(0)
-    share = tl.program_id(1)
     batch = (pair // KV_HEADS).to(tl.int64)
     kv_head = (pair % KV_HEADS).to(tl.int64)
     in_group = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
@@ -157,19 +197,15 @@ def partials(
     token = tl.where(valid, in_group, 0) % Q_LENGTH
     head = kv_head * GROUP + tl.where(valid, in_group, 0) // Q_LENGTH
     mask += batch * mask_stride_b
-    kv_length = sinks + packed + recent
-    at = row * tl.num_programs(1) + share
-    w = tl.arange(0, W)[:, None]
-    b = tl.arange(0, BN)[None, :]
+    at = row * shares + first_share + tl.program_id(1)
     m = tl.full([W, ROWS], -INFINITY, tl.float32)
     total = tl.zeros([W, BN, ROWS], tl.float32)
     acc = tl.zeros([W, VDP, ROWS], tl.float32)
-    if OVERLAP:
-        gdc_wait()
-    if share == 0:
+    stretch = tl.program_id(1) - (1 if PLAIN else 0)
+    if PLAIN and stretch < 0:
         m, total, acc = _sinks_and_recent(
             q, k_sinks, k_recent, v_sinks, v_recent, mask,
-            pair.to(tl.int64), row, valid, head, token, sinks, packed, recent, factor, softcap,
+            pair.to(tl.int64), row, valid, head, token, sinks, recent, kv_length, factor, softcap,
             mask_stride_h, mask_stride_q, mask_stride_k, m, total, acc,
             KD, KDP, VD, VDP, Q_LENGTH, MASK, CAUSAL, SOFTCAP, W, BN,
         )  # fmt: skip
@@ -180,47 +216,33 @@ def partials(
         k_scales += batch * ks_stride_b + kv_head * ks_stride_h
         v_scales += batch * vs_stride_b + kv_head * vs_stride_h
         dtype: tl.constexpr = tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16
-        K_C: tl.constexpr = KDP // slots(K_BITS)
-        V_C: tl.constexpr = VDP // slots(V_BITS)
+        coefficient = tl.full([ROWS], 0.0, tl.float32)
+        constant = coefficient
         if K_BITS == 16:
             query = load_queries(q, row, valid, tl.arange(0, KDP), KD, W)
         else:
-            query = load_queries(q_code, row, valid, key_channels(KD, K_BITS, K_C), KD, W)
+            query = load_queries(q_code, row, valid, key_channels(KD, K_BITS, KDP // slots(K_BITS)), KD, W)
             coefficient = tl.load(q_coefficient + row) * factor
         if MEAN:
             constant = tl.load(q_offset + row) * factor
-        local = token_of(w, b, W)
-        PER_SCALE: tl.constexpr = 2 if PAIRS else 1
-        first = (share - 1) * split_tiles * (W * BN)
+        first = stretch * split_tiles * (W * BN)
         end = tl.minimum(first + split_tiles * (W * BN), packed)
-        for step in tl.range(0, end - first, W * BN, num_stages=STAGES):
-            start = first + step
-            left = packed - start
-            in_range = local < left
-            if K_BITS == 16:
-                k = load_plain(k_codes + (start.to(tl.int64) + tl.minimum(local, left - 1)) * KD, KD, KDP)
-                s = tl.dot(k, query, input_precision="ieee") * factor
-            else:
-                k_scale = load_scales(k_scales + start // PER_SCALE, left, W, BN, PAIRS)
-                k_at = k_codes + start.to(tl.int64) * (KD * K_BITS // 8)
-                k = load_keys(k_at, k_table, left - 1, KD, K_BITS, K_C, W, BN, dtype, K_ASM)
-                s = tl.dot(k, query, input_precision="ieee") * k_scale[:, :, None] * coefficient[None, None, :]
-            if MEAN:
-                s += constant[None, None, :]
-            s = _visible(
-                s, sinks + start + local, kv_length, mask, head, token, in_range,
-                mask_stride_h, mask_stride_q, mask_stride_k, softcap, Q_LENGTH, MASK, CAUSAL, SOFTCAP,
+        whole = (end - first) // (W * BN) * (W * BN)
+        for step in tl.range(0, whole, W * BN, num_stages=STAGES):
+            m, total, acc = _packed_tile(
+                k_codes, k_scales, k_table, v_codes, v_scales, v_table, mask,
+                query, coefficient, constant, head, token, first + step, packed, position, kv_length, factor, softcap,
+                mask_stride_h, mask_stride_q, mask_stride_k, m, total, acc,
+                KD, KDP, VD, VDP, Q_LENGTH, K_BITS, V_BITS, K_ASM, V_ASM, MEAN,
+                MASK, CAUSAL, SOFTCAP, PAIRS, W, BN, dtype, True,
             )  # fmt: skip
-            s = tl.where(in_range[:, :, None], s, -INFINITY)
-            if V_BITS == 16:
-                p, m, total, acc = _softmax(s, tl.full([W, BN], 1.0, tl.float32), m, total, acc)
-                v = load_plain(v_codes + (start.to(tl.int64) + tl.minimum(local, left - 1)) * VD, VD, VDP)
-                v = tl.permute(v, [0, 2, 1])
-            else:
-                scale = load_scales(v_scales + start // PER_SCALE, left, W, BN, PAIRS)
-                p, m, total, acc = _softmax(s, scale, m, total, acc)
-                v_at = v_codes + start.to(tl.int64) * (VD * V_BITS // 8)
-                v = load_values(v_at, v_table, left - 1, VD, V_BITS, V_C, W, BN, dtype, V_ASM)
-            acc = tl.dot(v, p.to(v.dtype), acc=acc, input_precision="ieee")
-        channels = tl.arange(0, VDP) if V_BITS == 16 else value_channels(VD, V_BITS, V_C)
+        for step in tl.range(whole, end - first, W * BN, num_stages=1):
+            m, total, acc = _packed_tile(
+                k_codes, k_scales, k_table, v_codes, v_scales, v_table, mask,
+                query, coefficient, constant, head, token, first + step, packed, position, kv_length, factor, softcap,
+                mask_stride_h, mask_stride_q, mask_stride_k, m, total, acc,
+                KD, KDP, VD, VDP, Q_LENGTH, K_BITS, V_BITS, K_ASM, V_ASM, MEAN,
+                MASK, CAUSAL, SOFTCAP, PAIRS, W, BN, dtype, False,
+            )  # fmt: skip
+        channels = tl.arange(0, VDP) if V_BITS == 16 else value_channels(VD, V_BITS, VDP // slots(V_BITS))
         _finish(m, total, acc, channels, out, lse, at, valid, VD)

@@ -5,7 +5,6 @@ Both are short and wait for memory most of the time, so whatever does not depend
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LOG2E = tl.constexpr(1.4426950408889634)
 INFINITY = tl.constexpr(float("inf"))
@@ -14,7 +13,7 @@ INFINITY = tl.constexpr(float("inf"))
 @triton.jit(do_not_specialize=["queries_per_kv_head"])
 def prepare(
     q, rotation, mean, code, coefficient, offset, queries_per_kv_head,
-    D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr, MEAN: tl.constexpr, OVERLAP: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
     """Rotate one query and divide it by its norm, so that it fits float16.
 
@@ -30,10 +29,7 @@ def prepare(
         DP: The next power of 2.
         COLUMNS: Coordinates of the result that one program makes.
         MEAN: Whether there is a mean.
-        OVERLAP: Whether the next kernel may start beside this one.
     """
-    if OVERLAP:
-        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, DP)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -51,7 +47,7 @@ def prepare(
 def combine(
     out, lse, sink_logits, rotation, result, shares, q_heads, q_length,
     D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr, SINK: tl.constexpr, ROTATED: tl.constexpr,
-    SHARES: tl.constexpr, OVERLAP: tl.constexpr,
+    SHARES: tl.constexpr,
 ):  # fmt: skip
     """Merge the shares of one query, and rotate what came from codes back.
 
@@ -70,7 +66,6 @@ def combine(
         SINK: Whether there are sink logits.
         ROTATED: Whether the codes of the values are in rotated space.
         SHARES: Shares read at once.
-        OVERLAP: Whether this kernel may have started beside `partials`.
     """
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, DP)
@@ -79,8 +74,6 @@ def combine(
     if ROTATED:
         square = rotation + d[:, None] * D + c[None, :]
         matrix = tl.load(square, mask=(d < D)[:, None] & (c < D)[None, :], other=0.0)
-    if OVERLAP:
-        gdc_wait()
     plain = tl.load(out + row * shares * D + c, mask=c < D, other=0.0)
     first = tl.load(lse + row * shares)
     top = tl.full([], -INFINITY, tl.float32)

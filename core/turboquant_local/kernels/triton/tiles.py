@@ -40,31 +40,37 @@ def value_channels(D: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _load_row(at, element, REAL: tl.constexpr, PADDED: tl.constexpr):
-    return tl.load(at + element) if REAL == PADDED else tl.load(at + element, mask=element < REAL, other=0)
+def _load_elements(at, token, element, left, REAL: tl.constexpr, C: tl.constexpr, FULL: tl.constexpr):
+    if FULL and REAL == C:
+        x = tl.load(at + element)
+    elif FULL:
+        x = tl.load(at + element, mask=element < REAL, other=0)
+    else:
+        x = tl.load(at + element, mask=(token < left) & (element < REAL), other=0)
+    return x
 
 
 @triton.jit
-def _load(codes, token, element, D: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr):
+def _load(codes, token, element, left, D: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr, FULL: tl.constexpr):
     """Packed elements of some tokens; of 3 bits the three planes."""
     REAL: tl.constexpr = D // slots(BITS)
     at = codes + token * (D * BITS // 8)
     if BITS == 4:
         at = at.to(tl.pointer_type(tl.uint16), bitcast=True)
-    x = _load_row(at, element, REAL, C)
+    x = _load_elements(at, token, element, left, REAL, C, FULL)
     y = x
     z = x
     if BITS == 3:
-        y = _load_row(at + REAL, element, REAL, C)
-        z = _load_row(at + 2 * REAL, element, REAL, C)
+        y = _load_elements(at + REAL, token, element, left, REAL, C, FULL)
+        z = _load_elements(at + 2 * REAL, token, element, left, REAL, C, FULL)
     return x, y, z
 
 
 @triton.jit
 def load_keys(
-    codes, table, last,
+    codes, table, left,
     D: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr, W: tl.constexpr, BN: tl.constexpr,
-    DTYPE: tl.constexpr, ASM: tl.constexpr,
+    DTYPE: tl.constexpr, ASM: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Decode a tile of packed keys: `[W, BN, C * slots]`, tokens as in `token_of`, channels as in `key_channels`.
 
@@ -80,7 +86,7 @@ def load_keys(
     t = tl.arange(0, 4)[None, None, :, None, None]
     p = tl.arange(0, 8)[None, None, None, :, None]
     element = tl.arange(0, C)[None, None, None, None, :]
-    a, b, c = _load(codes, tl.minimum((r * W + w) * 32 + 4 * p + t, last), element, D, BITS, C)
+    a, b, c = _load(codes, (r * W + w) * 32 + 4 * p + t, element, left, D, BITS, C, FULL)
     x = levels(a, b, c, table, BITS, DTYPE, ASM)
     x = tl.reshape(x, [R, W, 32, 4, C // 4 // V, V, S // U, U])
     return tl.reshape(tl.permute(x, [1, 0, 2, 6, 4, 3, 7, 5]), [W, BN, C * S])
@@ -88,9 +94,9 @@ def load_keys(
 
 @triton.jit
 def load_values(
-    codes, table, last,
+    codes, table, left,
     D: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr, W: tl.constexpr, BN: tl.constexpr,
-    DTYPE: tl.constexpr, ASM: tl.constexpr,
+    DTYPE: tl.constexpr, ASM: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Decode a tile of packed values, transposed: `[W, C * slots, BN]`, channels as in `value_channels`.
 
@@ -102,14 +108,14 @@ def load_values(
     p = tl.arange(0, 8)[None, None, :, None, None]
     t = tl.arange(0, 4)[None, None, None, :, None]
     element = tl.arange(0, C)[None, None, None, None, :]
-    a, b, c = _load(codes, tl.minimum((r * W + w) * 32 + 4 * p + t, last), element, D, BITS, C)
+    a, b, c = _load(codes, (r * W + w) * 32 + 4 * p + t, element, left, D, BITS, C, FULL)
     x = levels(a, b, c, table, BITS, DTYPE, ASM)
     x = tl.reshape(x, [R, W, 8, 4, 8, C // 8, slots(BITS)])
     return tl.reshape(tl.permute(x, [1, 6, 5, 4, 0, 3, 2]), [W, C * slots(BITS), BN])
 
 
 @triton.jit
-def load_scales(scales, left, W: tl.constexpr, BN: tl.constexpr, PAIRS: tl.constexpr):
+def load_scales(scales, left, W: tl.constexpr, BN: tl.constexpr, PAIRS: tl.constexpr, FULL: tl.constexpr):
     """Scales of a tile's tokens in float32, `[W, BN]`; 0 from token `left` on.
 
     Args:
@@ -119,6 +125,7 @@ def load_scales(scales, left, W: tl.constexpr, BN: tl.constexpr, PAIRS: tl.const
         W: Warps.
         BN: Tokens a warp.
         PAIRS: Whether two are read at a time.
+        FULL: Whether all tokens are left of `left`.
     """
     R: tl.constexpr = BN // 32
     r = tl.arange(0, R)[:, None, None, None]
@@ -126,20 +133,27 @@ def load_scales(scales, left, W: tl.constexpr, BN: tl.constexpr, PAIRS: tl.const
     p = tl.arange(0, 8)[None, None, :, None]
     if PAIRS:
         at = (r * W + w) * 16 + p * 2 + tl.arange(0, 2)[None, None, None, :]
-        both = tl.load(scales + at, mask=at * 2 < left, other=0)
+        both = tl.load(scales + at) if FULL else tl.load(scales + at, mask=at * 2 < left, other=0)
         low = both.to(tl.int16).to(tl.float16, bitcast=True)
         high = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
         x = tl.reshape(tl.join(low, high), [R, W, 8, 4])
     else:
         at = (r * W + w) * 32 + p * 4 + tl.arange(0, 4)[None, None, None, :]
-        x = tl.load(scales + at, mask=at < left, other=0.0)
+        x = tl.load(scales + at) if FULL else tl.load(scales + at, mask=at < left, other=0.0)
     return tl.reshape(tl.permute(x, [1, 0, 3, 2]), [W, BN]).to(tl.float32)
 
 
 @triton.jit
-def load_plain(rows, D: tl.constexpr, DP: tl.constexpr):
-    """Vectors kept in 16 or 32 bits, `[W, BN, DP]`; `rows` are pointers `[W, BN]`."""
-    return _load_row(rows[:, :, None], tl.arange(0, DP)[None, None, :], D, DP)
+def load_plain(rows, shown, D: tl.constexpr, DP: tl.constexpr, FULL: tl.constexpr):
+    """Vectors kept in 16 or 32 bits, `[W, BN, DP]`, 0 where not `shown`; `rows` are pointers `[W, BN]`. FULL: all are."""
+    channel = tl.arange(0, DP)[None, None, :]
+    if FULL and D == DP:
+        x = tl.load(rows[:, :, None] + channel)
+    elif FULL:
+        x = tl.load(rows[:, :, None] + channel, mask=channel < D, other=0.0)
+    else:
+        x = tl.load(rows[:, :, None] + channel, mask=shown[:, :, None] & (channel < D), other=0.0)
+    return x
 
 
 @triton.jit
