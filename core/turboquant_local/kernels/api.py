@@ -58,9 +58,10 @@ def _triton(operation: str) -> Any:
 
 
 def _plain(impl: str) -> str:
-    """Check the name of an implementation of what exists in torch alone."""
+    """Check the name of an implementation in torch alone."""
     if impl not in ("auto", "reference"):
-        known = "reference" if isinstance(_triton("decode_attention"), str) else "reference, and triton for attention"
+        missing = isinstance(_triton("decode_attention"), str)
+        known = "reference" if missing else "reference, and triton but for dequantize_kv"
         raise BackendError(f"impl={impl!r}: this installation has {known}; use one, or 'auto'")
     return "reference"
 
@@ -78,14 +79,23 @@ def quantize_kv(
 
     Raises:
         CacheError: The head size is not the quantizer's.
-        BackendError: There is no such implementation.
+        BackendError: There is no such implementation here, or it does not serve this quantizer.
     """
     if x.dim() != 4 or x.shape[-1] != quantizer.head_dim:
         raise CacheError(
             f"x of shape {tuple(x.shape)}: expected [batch, num_kv_heads, tokens, {quantizer.head_dim}]; "
             "build the quantizer for this head size"
         )
-    _plain(impl)
+    if impl in ("auto", "triton") and (impl == "triton" or x.is_cuda):
+        quantize = _triton("quantize")
+        reason = quantize if isinstance(quantize, str) else quantize.refusal(x, quantizer)
+        if reason is None:
+            packed: PackedKV = quantize.quantize_kv(x, quantizer, mean)
+            return packed
+        if impl == "triton":
+            raise BackendError(f"impl='triton': {reason}; use impl='reference', or 'auto'")
+    else:
+        _plain(impl)
     return reference.quantize_kv(x, quantizer, mean)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
@@ -12,6 +11,7 @@ from turboquant_local.codec.quantizer import MSEQuantizer
 from turboquant_local.kernels.layout import KVView, PackedKV
 from turboquant_local.kernels.triton import assembly
 from turboquant_local.kernels.triton.decode_kernels import partials
+from turboquant_local.kernels.triton.devices import multiprocessors, unserved
 from turboquant_local.kernels.triton.queries import combine, prepare
 
 MAX_Q_LENGTH = 8
@@ -43,10 +43,9 @@ def refusal(query: torch.Tensor, keys: KVView, values: KVView) -> str | None:
         return "nothing is packed"
     if not 1 <= query.shape[2] <= MAX_Q_LENGTH:
         return f"q_length={query.shape[2]}: it serves 1 to {MAX_Q_LENGTH} query tokens"
-    if query.device.type != "cuda" and not triton.knobs.runtime.interpret:
-        return f"device={query.device}: it needs a CUDA device, or TRITON_INTERPRET=1"
-    if query.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(query.device) < (8, 0)):
-        return f"device={query.device}: it needs an NVIDIA GPU of compute capability 8.0 or more"
+    reason = unserved(query.device)
+    if reason is not None:
+        return reason
     for name, side in (("keys", k), ("values", v)):
         head_dim, bits = side.quantizer.head_dim, side.quantizer.bits
         if bits not in BITS or not (bits == 16 or isinstance(side.quantizer, MSEQuantizer)):
@@ -93,7 +92,7 @@ def attention(
     rows_at_once = 16 if group * q_length > 8 else 8
     chunks = triton.cdiv(group * q_length, rows_at_once)
     tiles = triton.cdiv(k.length, launch.warps * launch.tokens)
-    wanted = max(1, launch.waves * _multiprocessors(query.device) // (batch * kv_heads * chunks) - 1)
+    wanted = max(1, launch.waves * multiprocessors(query.device) // (batch * kv_heads * chunks) - 1)
     split_tiles = triton.cdiv(tiles, min(wanted, tiles))
     shares = 1 + triton.cdiv(tiles, split_tiles)
 
@@ -128,7 +127,7 @@ def attention(
         W=launch.warps, BN=launch.tokens, STAGES=launch.stages, num_warps=launch.warps,
     )  # fmt: skip
     # With few queries, several programs share one; with many, none reads the shares twice.
-    columns = 32 if rows < _multiprocessors(query.device) else 2**14 // v_padded
+    columns = 32 if rows < multiprocessors(query.device) else 2**14 // v_padded
     combine[(rows, triton.cdiv(v_dim, columns))](
         out, lse, lse if sink_logits is None else sink_logits, v_rotation, result, shares, q_heads, q_length,
         D=v_dim, DP=v_padded, SINK=sink_logits is not None, ROTATED=v.quantizer.bits < 16,
@@ -147,13 +146,6 @@ def _launch(k: PackedKV, v: PackedKV, dtype: torch.dtype, vectors: int) -> Launc
     if vectors >= 2**19:
         return Launch(warps=1, waves=8 if vectors < 2**21 else 16)
     return Launch(warps=4, waves=2) if vectors >= 2**17 else Launch(warps=2, stages=2, waves=4)
-
-
-@lru_cache(maxsize=8)
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _parts(packed: PackedKV, fast: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str | None, torch.Tensor]:
