@@ -10,7 +10,7 @@ from turboquant_local.attention import turboquant_attention
 from turboquant_local.cache import KVHandle
 from turboquant_local.errors import BackendError
 
-SETTINGS = {"preset": "identity", "sink_length": 2, "residual_length": 8}
+SETTINGS = {"preset": "identity", "sink_length": 2, "residual_length": 8, "near_length": 16}
 
 
 @pytest.fixture

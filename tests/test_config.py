@@ -15,7 +15,7 @@ def test_presets_survive_a_round_trip_through_plain_values(preset: str) -> None:
 
 def test_fields_override_the_preset() -> None:
     config = TurboQuantConfig.parse({"preset": "compact", "v_bits": 2}, sink_length=0)
-    assert (config.k_bits, config.v_bits, config.sink_length, config.residual_length) == (3, 2, 0, 128)
+    assert (config.k_bits, config.v_bits, config.sink_length, config.residual_length) == (3, 2, 0, 32)
     assert TurboQuantConfig.parse(config, k_bits=8).k_bits == 8
     assert TurboQuantConfig.parse() == TurboQuantConfig(preset="balanced")
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -34,7 +34,7 @@ def test_scale_is_unbiased_unless_the_paper_is_asked_for() -> None:
         ({"preset": "balnced"}, r"preset='balnced': expected one of balanced.*did you mean 'balanced'"),
         ({"preset": 4}, "preset=4"),
         ({"kbits": 4}, r"kbits: no such field.*did you mean 'k_bits'.*known: preset, k_bits"),
-        ({"k_bits": 5}, "k_bits=5: expected one of 1, 2, 3, 4, 8, 16"),
+        ({"k_bits": 7}, "k_bits=7: expected one of 1, 2, 3, 4, 6, 8, 16"),
         ({"v_bits": "4"}, "v_bits='4'"),
         ({"v_bits": True}, "v_bits=True"),
         ({"rotation": "haar"}, "rotation='haar': expected one of auto, hadamard, dense"),
@@ -42,6 +42,9 @@ def test_scale_is_unbiased_unless_the_paper_is_asked_for() -> None:
         ({"sink_length": -1}, "sink_length=-1: expected an integer of 0 or more"),
         ({"residual_length": 1.5}, "residual_length=1.5"),
         ({"center_keys": 1}, "center_keys=1: expected True or False"),
+        ({"error_feedback": None, "preset": "paper", "near_length": "x"}, "near_length='x'"),
+        ({"near_length": 100}, "near_length=100: expected a multiple of 32"),
+        ({"scale_bits": 4}, "scale_bits=4: expected one of 8, 16"),
         (7, "kv_cache=7: expected a preset's name, a dict of fields"),
     ],
 )
@@ -54,9 +57,18 @@ def test_bad_settings_are_named(settings: object, message: str) -> None:
     ("residual", "block", "longest", "shortest"), [(128, 32, 127, 96), (16, 16, 15, 0), (1, 1, 0, 0), (0, 1, 0, 0)]
 )
 def test_the_recent_window_stays_within_its_length(residual: int, block: int, longest: int, shortest: int) -> None:
-    config = TurboQuantConfig(residual_length=residual)
+    config = TurboQuantConfig(residual_length=residual, near_length=0)
     assert config.block_length == block
     windows = [n - config.sink_length - config.packed_length(n) for n in range(config.sink_length + 200, 1000)]
     assert (min(windows), max(windows)) == (shortest, longest)
     assert config.packed_length(config.sink_length + residual - 1) == 0
     assert all(config.packed_length(n + 1) >= config.packed_length(n) for n in range(1000))
+
+
+def test_old_tokens_are_far_and_those_before_the_window_near() -> None:
+    config = TurboQuantConfig(residual_length=32, near_length=64)
+    lengths = range(config.sink_length + config.sample_length, 2000)
+    assert all(config.packed_length(n) - config.far_length(n) == min(64, config.packed_length(n)) for n in lengths)
+    assert config.far_length(config.sink_length + config.sample_length - 1) == 0
+    assert config.packed_length(config.sink_length + config.sample_length - 1) == 0  # statistics come first
+    assert TurboQuantConfig().sample_length == 128

@@ -44,7 +44,7 @@ def test_identity_gives_the_tokens_of_the_dynamic_cache(model: LlamaForCausalLM)
     mask[0, :70] = 0
     kwargs = {"attention_mask": mask, "max_new_tokens": 60, "do_sample": False, "pad_token_id": 0}
     expected = model.generate(ids, past_key_values=DynamicCache(config=model.config), **kwargs)
-    cache = TurboQuantCache(model.config, "identity", sink_length=2, residual_length=16)
+    cache = TurboQuantCache(model.config, "identity", sink_length=2, residual_length=16, near_length=16)
     assert torch.equal(model.generate(ids, past_key_values=cache, **kwargs), expected)
     assert cache.stats.materialized == 0
 

@@ -13,14 +13,19 @@ from turboquant_local.errors import ConfigError
 Rotation = Literal["auto", "hadamard", "dense"]
 Scale = Literal["unbiased", "least_error", "norm"]
 
-BITS: Final = (1, 2, 3, 4, 8, 16)
+BITS: Final = (1, 2, 3, 4, 6, 8, 16)
 """Bits a coordinate can be stored in; 16 keeps the model's own dtype (the identity codec)."""
+
+SCALE_BITS: Final = (8, 16)
 
 ROTATIONS: Final = ("auto", "hadamard", "dense")
 SCALES: Final = ("unbiased", "least_error", "norm")
 
 BLOCK_LENGTH: Final = 32
 """Tokens that leave the recent window together and are packed as one block."""
+
+STATISTICS_LENGTH: Final = 128
+"""Tokens behind the sinks that give a head's mean key and channel weights, at most."""
 
 ALL_LAYERS: Final = 1_000_000
 """As `skip_first_layers`: no layer is compressed."""
@@ -29,23 +34,35 @@ _DEFAULTS: Final[dict[str, object]] = {
     "k_bits": 4,
     "v_bits": 4,
     "sink_length": 4,
-    "residual_length": 128,
+    "residual_length": 32,
+    "near_length": 256,
+    "near_bits": 6,
     "rotation": "auto",
     "scale": "unbiased",
+    "scale_bits": 8,
     "center_keys": True,
+    "error_feedback": True,
     "skip_first_layers": 0,
     "skip_last_layers": 0,
     "seed": 0,
 }
 
 PRESETS: Final[Mapping[str, Mapping[str, object]]] = {
-    # Ours: sinks, recent window, unbiased scale and key centering around the codes.
+    # Ours: sinks, recent window, near codes, unbiased scale, centering and error feedback around the codes.
     "balanced": {},
     "compact": {"k_bits": 3, "v_bits": 3},
-    "extreme": {"k_bits": 3, "v_bits": 2},
+    "extreme": {"k_bits": 2, "v_bits": 2, "near_length": 448},
     # Algorithm 1 of the paper alone, with nothing added.
-    "paper": {"sink_length": 0, "residual_length": 0, "scale": "norm", "center_keys": False},
-    # vLLM's names for the same bits, with our sinks, window, scale and centering.
+    "paper": {
+        "sink_length": 0,
+        "residual_length": 0,
+        "near_length": 0,
+        "scale": "norm",
+        "scale_bits": 16,
+        "center_keys": False,
+        "error_feedback": False,
+    },
+    # vLLM's names for the same bits, with all that is ours around them.
     "turboquant_k8v4": {"k_bits": 8, "v_bits": 4},
     "turboquant_4bit_nc": {"k_bits": 4, "v_bits": 4},
     "turboquant_k3v4_nc": {"k_bits": 3, "v_bits": 4},
@@ -72,12 +89,19 @@ class TurboQuantConfig:
         sink_length: First tokens that stay in the model's dtype (attention sinks).
         residual_length: Most recent tokens that stay in the model's dtype, at most. Tokens leave the window in
             blocks of `block_length`.
+        near_length: Tokens just before those, at most, that are packed at `near_bits`: attention falls mostly on
+            what is near, so it pays to code it finer. A multiple of `block_length`; 0 for none.
+        near_bits: Bits of both keys and values there. A side that has more bits anyway keeps them.
         rotation: "hadamard" (randomized; needs a head size of 2^k or 3*2^k), "dense" (a random orthogonal
             matrix, any head size), or "auto": hadamard where it exists, else dense.
         scale: What is stored beside the codes, per token and head: "unbiased", |x|^2 / <x, x̂>: inner products
             without bias; "least_error", <x, x̂> / |x̂|^2: the least squared error; "norm", |x|, as in the paper.
+        scale_bits: 16 (float16), or 8: its logarithm in steps of 2.2 %, for codes of up to 4 bits.
         center_keys: Subtract a mean key per head before quantising. Softmax does not see a constant shift, so
             this costs nothing and rescues models with a bias on keys (Qwen2, Qwen2.5).
+        error_feedback: Choose the codes of keys one coordinate after the other, each making up for the errors
+            before it where queries would feel them (see `codec.feedback`). Costs time when tokens are packed, no
+            bytes, and nothing when they are read.
         skip_first_layers: Attention layers at the start that are left uncompressed.
         skip_last_layers: The same at the end.
         seed: Seed of the rotation.
@@ -91,9 +115,13 @@ class TurboQuantConfig:
     v_bits: int = _FROM_PRESET
     sink_length: int = _FROM_PRESET
     residual_length: int = _FROM_PRESET
+    near_length: int = _FROM_PRESET
+    near_bits: int = _FROM_PRESET
     rotation: Rotation = _FROM_PRESET
     scale: Scale = _FROM_PRESET
+    scale_bits: int = _FROM_PRESET
     center_keys: bool = _FROM_PRESET
+    error_feedback: bool = _FROM_PRESET
     skip_first_layers: int = _FROM_PRESET
     skip_last_layers: int = _FROM_PRESET
     seed: int = _FROM_PRESET
@@ -106,16 +134,29 @@ class TurboQuantConfig:
         for name, value in (_DEFAULTS | dict(PRESETS[self.preset])).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        for name, choices in (("k_bits", BITS), ("v_bits", BITS), ("rotation", ROTATIONS), ("scale", SCALES)):
+        for name, choices in (
+            ("k_bits", BITS),
+            ("v_bits", BITS),
+            ("near_bits", BITS),
+            ("rotation", ROTATIONS),
+            ("scale", SCALES),
+            ("scale_bits", SCALE_BITS),
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or value not in cast(tuple[object, ...], choices):
                 raise ConfigError(f"{name}={value!r}: expected one of {', '.join(map(str, choices))}")
-        for name in ("sink_length", "residual_length", "skip_first_layers", "skip_last_layers", "seed"):
+        for name in ("sink_length", "residual_length", "near_length", "skip_first_layers", "skip_last_layers", "seed"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ConfigError(f"{name}={value!r}: expected an integer of 0 or more")
-        if not isinstance(self.center_keys, bool):
-            raise ConfigError(f"center_keys={self.center_keys!r}: expected True or False")
+        for name in ("center_keys", "error_feedback"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected True or False")
+        if self.near_length % self.block_length:
+            raise ConfigError(
+                f"near_length={self.near_length}: expected a multiple of {self.block_length}, the tokens that are "
+                "packed together; use 0 for none"
+            )
 
     @classmethod
     def parse(cls, value: TurboQuantConfig | Mapping[str, Any] | str | None = None, **fields: Any) -> TurboQuantConfig:
@@ -145,15 +186,26 @@ class TurboQuantConfig:
 
     @property
     def block_length(self) -> int:
-        """Tokens that are packed together."""
-        return min(BLOCK_LENGTH, max(self.residual_length, 1))
+        """Tokens that are packed together: a power of two, no more than the recent window has."""
+        return 1 << (min(BLOCK_LENGTH, max(self.residual_length, 1)).bit_length() - 1)
+
+    @property
+    def sample_length(self) -> int:
+        """Tokens behind the sinks that give the statistics of a head; nothing is packed before they are there."""
+        if self.k_bits == self.v_bits == 16:
+            return self.block_length
+        return max(self.block_length, min(STATISTICS_LENGTH, self.residual_length + self.near_length))
 
     def packed_length(self, length: int) -> int:
         """Tokens in packed storage once a sequence has `length` tokens (sinks and recent window are the rest)."""
-        kept_back = (
-            self.sink_length + self.residual_length - self.block_length if self.residual_length else self.sink_length
-        )
+        if length < self.sink_length + self.sample_length:
+            return 0
+        kept_back = self.sink_length + max(0, self.residual_length - self.block_length)
         return max(0, length - kept_back) // self.block_length * self.block_length
+
+    def far_length(self, length: int) -> int:
+        """How many of the packed tokens are at `k_bits` and `v_bits`; the rest are at `near_bits`."""
+        return max(0, self.packed_length(length) - self.near_length)
 
 
 def _known(fields: Mapping[str, Any]) -> dict[str, Any]:

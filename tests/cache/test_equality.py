@@ -29,8 +29,8 @@ Scenario = Callable[[PreTrainedModel, MakeCache], Texts]
 OLD = Version(transformers.__version__) < Version("5.20")
 
 # Many blocks are packed within a hundred tokens: 2 sinks, blocks of 8, at most 8 tokens in the window.
-SMALL = {"preset": "identity", "sink_length": 2, "residual_length": 8}
-FORGETFUL = {"k_bits": 1, "v_bits": 1, "sink_length": 0, "residual_length": 1}
+SMALL = {"preset": "identity", "sink_length": 2, "residual_length": 8, "near_length": 16}
+FORGETFUL = {"k_bits": 1, "v_bits": 1, "sink_length": 0, "residual_length": 1, "near_length": 0}
 PROMPT, NEW = 72, 20
 
 # Architectures whose softcap or sinks transformers' sdpa leaves out: stock runs them in eager mode.

@@ -15,7 +15,7 @@ CONFIG = tiny_model("llama", num_hidden_layers=1).config
 
 def filled() -> TurboQuantCache:
     """Three sequences of 45 tokens, most of them packed."""
-    cache = TurboQuantCache(CONFIG, k_bits=4, v_bits=4, sink_length=2, residual_length=8)
+    cache = TurboQuantCache(CONFIG, k_bits=4, v_bits=4, sink_length=2, residual_length=8, near_length=16)
     cache.update(*random_kv(CONFIG, 3, 45), 0)
     return cache
 

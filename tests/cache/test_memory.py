@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from turboquant_local.cache import TurboQuantCache, predict_bytes
 from turboquant_local.testing import PeakBytes, random_kv, random_tokens, reachable_bytes, tiny_model
 
-SMALL = {"sink_length": 2, "residual_length": 8}
+SMALL = {"sink_length": 2, "residual_length": 8, "near_length": 16}
 
 
 @pytest.fixture(autouse=True)
@@ -233,15 +233,17 @@ def test_uncompressed_bytes_are_those_of_the_stock_cache(name: str) -> None:
     assert ours.compression_ratio() == ours.uncompressed_bytes() / ours.vram_bytes()
 
 
-@pytest.mark.parametrize(("bits", "most"), [(4, 4.13), (3, 3.13), (2, 2.13), (1, 1.13), (8, 8.13)])
-def test_stored_bits_per_coordinate(bits: int, most: float) -> None:
-    """Scales and means included, sinks and window left out."""
+@pytest.mark.parametrize("bits", [4, 3, 2, 1, 8])
+def test_stored_bits_per_coordinate(bits: int) -> None:
+    """Codes are as small as they say, with a scale of 8 bits up to 4 bits a coordinate, of 16 beyond."""
     config = tiny_model("llama", head_dim=128).config
-    cache = TurboQuantCache(config, k_bits=bits, v_bits=bits)
+    cache = TurboQuantCache(config, k_bits=bits, v_bits=bits, near_length=0)
     fill(config, cache, 4096, dtype=torch.bfloat16)
     parts = cache.memory_report()
     vectors = 2 * config.num_hidden_layers * config.num_key_value_heads * cache.kv_cache.packed_length(4096)
-    assert bits < 8 * (parts.codes + parts.norms + parts.means) / (vectors * 128) <= most
+    assert 8 * (parts.codes + parts.scales) / (vectors * 128) == bits + (8 if bits <= 4 else 16) / 128
+    means_and_weights, units = 2 * 128 * 2, 2 * 4 * (bits <= 4)
+    assert parts.statistics == config.num_hidden_layers * config.num_key_value_heads * (means_and_weights + units)
 
 
 def test_ratio_at_four_bits_counts_everything() -> None:

@@ -1,19 +1,22 @@
 """The reference attention against float64 over the decompressed keys and values."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from turboquant_local.cache import storage
-from turboquant_local.cache.layer import make_quantizer
+from turboquant_local.cache.layer import make_codec
+from turboquant_local.codec import MSEQuantizer
 from turboquant_local.config import TurboQuantConfig
 from turboquant_local.errors import BackendError, CacheError
 from turboquant_local.kernels import api
 from turboquant_local.kernels.layout import KVView
 
 
-def filled(x: torch.Tensor, config: TurboQuantConfig, bits: int, center: bool = False) -> KVView:
+def filled(x: torch.Tensor, config: TurboQuantConfig, bits: int, keys: bool = False) -> KVView:
     view = storage.append(storage.empty(x), x)
-    return storage.settle(view, config, make_quantizer(config, x.shape[-1], bits), center)
+    return storage.settle(view, config, make_codec(config, x.shape[-1], bits, keys))
 
 
 def keys_and_values(
@@ -22,7 +25,7 @@ def keys_and_values(
     generator = torch.Generator().manual_seed(0)
     k = torch.randn(batch, heads, tokens, k_dim, generator=generator) + 2 * torch.randn(k_dim, generator=generator)
     v = torch.randn(batch, heads, tokens, v_dim, generator=generator)
-    return filled(k, config, config.k_bits, config.center_keys and config.k_bits < 16), filled(v, config, config.v_bits)
+    return filled(k, config, config.k_bits, keys=True), filled(v, config, config.v_bits)
 
 
 def exact(
@@ -54,7 +57,7 @@ def causal(q_length: int, kv_length: int) -> torch.Tensor:
     return torch.ones(q_length, kv_length, dtype=torch.bool).tril(kv_length - q_length)
 
 
-SMALL = {"sink_length": 3, "residual_length": 20}
+SMALL = {"sink_length": 3, "residual_length": 20, "near_length": 16}
 SHAPES = [
     pytest.param(8, 2, 1, 163, 128, 128, {"k_bits": 4, "v_bits": 4}, id="decode-gqa-d128-k4v4"),
     pytest.param(4, 4, 1, 63, 64, 64, {"k_bits": 3, "v_bits": 2}, id="decode-mha-d64-k3v2"),
@@ -132,8 +135,8 @@ def test_low_precision_queries_keep_their_dtype() -> None:
     out = api.attention(query, keys, values)
     assert out.dtype == torch.bfloat16
     view = (
-        KVView(keys.sinks.float(), keys.packed, keys.recent.float()),
-        KVView(values.sinks.float(), values.packed, values.recent.float()),
+        replace(keys, sinks=keys.sinks.float(), recent=keys.recent.float()),
+        replace(values, sinks=values.sinks.float(), recent=values.recent.float()),
     )
     assert relative_error(out, exact(query, *view, causal(1, 100))) < 4e-3  # one rounding to bfloat16
 
@@ -167,4 +170,8 @@ def test_refusals() -> None:
     with pytest.raises(CacheError, match="only keys can be centred"):
         api.attention(query, keys, keys)
     with pytest.raises(CacheError, match=r"\[batch, num_kv_heads, tokens, 128\]"):
-        api.quantize_kv(torch.zeros(1, 1, 1, 64), make_quantizer(TurboQuantConfig(), 128, 4))
+        api.quantize_kv(torch.zeros(1, 1, 1, 64), MSEQuantizer(128, 4))
+    with pytest.raises(CacheError, match="8-bit scales need a unit"):
+        api.quantize_kv(torch.zeros(1, 1, 1, 128), MSEQuantizer(128, 4, scale_bits=8))
+    with pytest.raises(CacheError, match="parts of equal lengths"):
+        api.attention(query, keys, replace(values, near=None, recent=torch.zeros(2, 2, 32, 64)))

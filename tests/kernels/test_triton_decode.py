@@ -1,12 +1,14 @@
 """Decode attention in Triton against float64, in the interpreter where there is no GPU."""
 
 import importlib.util
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
 from turboquant_local.cache import storage
-from turboquant_local.cache.layer import make_quantizer
+from turboquant_local.cache.layer import make_codec
 from turboquant_local.config import TurboQuantConfig
 from turboquant_local.errors import BackendError
 from turboquant_local.kernels import api
@@ -20,12 +22,12 @@ DEVICE = "cuda" if GPU else "cpu"
 from turboquant_local.kernels.triton import decode_attention, decode_kernels  # noqa: E402  after the skip
 from turboquant_local.kernels.triton import queries as queries_kernels  # noqa: E402
 
-SMALL = {"sink_length": 3, "residual_length": 20}
+SMALL = {"sink_length": 3, "residual_length": 20, "near_length": 32}
 
 
-def view(x: torch.Tensor, config: TurboQuantConfig, bits: int, center: bool) -> KVView:
+def view(x: torch.Tensor, config: TurboQuantConfig, bits: int, keys: bool) -> KVView:
     whole = storage.append(storage.empty(x), x)
-    return storage.settle(whole, config, make_quantizer(config, x.shape[-1], bits), center)
+    return storage.settle(whole, config, make_codec(config, x.shape[-1], bits, keys))
 
 
 def views(
@@ -36,7 +38,7 @@ def views(
     k = torch.randn(batch, heads, tokens, k_dim, generator=generator) + 2 * torch.randn(k_dim, generator=generator)
     v = torch.randn(batch, heads, tokens, v_dim, generator=generator)
     k, v = k.to(DEVICE, dtype), v.to(DEVICE, dtype)
-    return view(k, config, config.k_bits, config.k_bits < 16), view(v, config, config.v_bits, False)
+    return view(k, config, config.k_bits, keys=True), view(v, config, config.v_bits, keys=False)
 
 
 def queries(heads: int, length: int, head_dim: int, dtype: torch.dtype = torch.float32, batch: int = 2) -> torch.Tensor:
@@ -59,7 +61,7 @@ def exact(
     """Attention in float64 over the decompressed tensors."""
 
     def whole(side: KVView) -> torch.Tensor:
-        wide = KVView(side.sinks.float(), side.packed, side.recent.float())
+        wide = replace(side, sinks=side.sinks.float(), recent=side.recent.float())
         return storage.dequantize(wide).double().repeat_interleave(query.shape[1] // side.shape[1], 1)
 
     scores = query.double() @ whole(keys).mT * query.shape[-1] ** -0.5
@@ -98,6 +100,7 @@ SHAPES = [
     pytest.param(4, 2, 5, 90, 192, 128, 1, 16, id="gqa-5-queries-k192v128-k1v16"),
     pytest.param(2, 1, 8, 90, 256, 256, 16, 1, id="gqa-8-queries-d256-k16v1"),
     pytest.param(2, 2, 1, 90, 64, 64, 16, 16, id="mha-identity"),
+    pytest.param(4, 2, 1, 110, 96, 128, 6, 6, id="gqa-k96v128-k6v6"),
 ]
 
 
@@ -173,40 +176,46 @@ def test_values_of_any_size() -> None:
     """Weights in float16 must not lose small values beside large ones, nor overflow."""
     dtype = torch.float16
     keys, values = views(131, 1, 64, 64, dtype, batch=1)
-    assert values.packed is not None
-    assert values.packed.scales is not None
     query = queries(1, 1, 64, dtype, batch=1)
     for factor in (2**-13, 2**10):
-        scaled = KVView(values.sinks * factor, _times(values, factor), values.recent * factor)
+        scaled = mapped(replace(values, sinks=values.sinks * factor, recent=values.recent * factor), times(factor))
         truth = exact(query, keys, scaled, causal(1, 131))
         out = api.attention(query, keys, scaled, impl="triton")
         assert relative_error(out, truth) < (2e-3 if factor > 1 else 2e-2)  # float16 itself loses bits below 2**-14
 
 
-def _times(side: KVView, factor: float) -> PackedKV:
-    assert side.packed is not None
-    assert side.packed.scales is not None
-    return PackedKV(side.packed.quantizer, side.packed.codes, side.packed.scales * factor, None)
+def mapped(side: KVView, function: Callable[[PackedKV], PackedKV]) -> KVView:
+    far, near = (None if part is None else function(part) for part in (side.far, side.near))
+    return replace(side, far=far, near=near)
 
 
-@pytest.mark.parametrize(("start", "stop"), [(20, 100), (21, 98)])
+def times(factor: float) -> Callable[[PackedKV], PackedKV]:
+    def scaled(part: PackedKV) -> PackedKV:
+        if part.scale_unit is not None:
+            return replace(part, scale_unit=part.scale_unit * factor)
+        assert part.scales is not None
+        return replace(part, scales=part.scales * factor)
+
+    return scaled
+
+
+@pytest.mark.parametrize(("start", "stop"), [(8, 30), (9, 28)])
 def test_slices_of_a_larger_storage(start: int, stop: int) -> None:
     """A preallocated cache hands out views of its buffers, at any offset; a model, a transposed query."""
     whole = views(163, 2, 64, 64)
-    keys, values = (KVView(side.sinks, cut(side, start, stop), side.recent) for side in whole)
+    keys, values = (mapped(side, lambda part: cut(part, start, stop)) for side in whole)
     query = queries(2, 4, 64).transpose(1, 2)
     truth = exact(query, keys, values, causal(2, keys.shape[2]))
     assert relative_error(api.attention(query, keys, values, impl="triton"), truth) < 2e-6
 
 
-def cut(side: KVView, start: int, stop: int) -> PackedKV:
-    assert side.packed is not None
-    part = side.packed.tokens(start, stop)
+def cut(part: PackedKV, start: int, stop: int) -> PackedKV:
+    part = part.tokens(start, stop)
     if part.mean is None:
         return part
     mean = torch.stack([part.mean, part.mean + 1], dim=-2).flatten(2, 3)[:, :, ::2]
     assert not mean.is_contiguous()
-    return PackedKV(part.quantizer, part.codes, part.scales, mean)
+    return replace(part, mean=mean)
 
 
 def test_any_cut_of_the_work_gives_the_same() -> None:

@@ -15,10 +15,14 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from turboquant_local.cache.layer import CompressedLayer, make_quantizer
+from turboquant_local.cache.layer import CompressedLayer, make_codec
+from turboquant_local.codec.quantizer import Quantizer
 from turboquant_local.config import TurboQuantConfig
 from turboquant_local.errors import ConfigError
 from turboquant_local.kernels.layout import vector_bytes
+
+_ATTENTION_STATE = ("_k", "_v", "_k_codec", "_v_codec", "_constants")
+"""What a compressed layer holds for attention; a hybrid layer holds more."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,8 @@ class MemoryReport:
 
     Attributes:
         codes: Packed codes.
-        norms: The 16-bit scale of every packed vector.
-        means: Mean keys.
+        scales: The 8- or 16-bit scale of every packed vector.
+        statistics: What is known of each head: mean key, channel weights, unit of scales.
         sinks: First tokens, in the model's dtype.
         recent: Recent window, in the model's dtype.
         bypassed: Layers left uncompressed.
@@ -38,8 +42,8 @@ class MemoryReport:
     """
 
     codes: int
-    norms: int
-    means: int
+    scales: int
+    statistics: int
     sinks: int
     recent: int
     bypassed: int
@@ -77,7 +81,7 @@ def storage_bytes(tensors: Iterator[torch.Tensor]) -> int:
 def report(layers: list[Any]) -> MemoryReport:
     """Count a cache's layers."""
     parts: dict[str, list[torch.Tensor]] = {
-        "codes": [], "norms": [], "means": [], "sinks": [], "recent": [], "bypassed": [], "constants": []
+        "codes": [], "scales": [], "statistics": [], "sinks": [], "recent": [], "bypassed": [], "constants": []
     }  # fmt: skip
     uncompressed = 0
     for layer in layers:
@@ -86,7 +90,11 @@ def report(layers: list[Any]) -> MemoryReport:
             parts["bypassed"] += tensors
             uncompressed += storage_bytes(iter(tensors))
             continue
-        state = {name: value for name, value in vars(layer).items() if name not in ("_k", "_v", "_constants")}
+        state = {
+            name: value
+            for name, value in vars(layer).items()
+            if name not in ("_k", "_v", "_k_codec", "_v_codec", "_constants")
+        }
         recurrent = list(live_tensors(state))
         parts["bypassed"] += recurrent
         uncompressed += storage_bytes(iter(recurrent))
@@ -98,10 +106,10 @@ def report(layers: list[Any]) -> MemoryReport:
             uncompressed += batch * heads * tokens * head_dim * view.recent.element_size()
             parts["sinks"].append(view.sinks)
             parts["recent"].append(view.recent)
-            if view.packed is not None:
-                parts["codes"].append(view.packed.codes)
-                parts["norms"] += [] if view.packed.scales is None else [view.packed.scales]
-                parts["means"] += [] if view.packed.mean is None else [view.packed.mean]
+            for part in view.packed:
+                parts["codes"].append(part.codes)
+                parts["scales"] += [] if part.scales is None else [part.scales]
+            parts["statistics"] += live_tensors(view.statistics)
     counted = {name: storage_bytes(iter(tensors)) for name, tensors in parts.items()}
     return MemoryReport(**counted, total=sum(counted.values()), uncompressed=uncompressed)
 
@@ -136,7 +144,11 @@ def predict_bytes(
         return storage_bytes(live_tensors([vars(layer) for layer in cache.layers]))
     total, constants = 0, 0
     plain = head_dim * dtype.itemsize
-    packed = config.packed_length(tokens)
+    far = config.far_length(tokens)
+    near = config.packed_length(tokens) - far
+    codecs = [
+        make_codec(config, head_dim, bits, keys) for bits, keys in ((config.k_bits, True), (config.v_bits, False))
+    ]
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, LinearAttentionCacheLayerMixin) or not isinstance(layer, DynamicLayer):
             raise ConfigError(
@@ -144,12 +156,16 @@ def predict_bytes(
                 "run the model and read vram_bytes()"
             )
         if isinstance(layer, CompressedLayer):
-            for bits in (config.k_bits, config.v_bits):
-                vectors = packed * vector_bytes(head_dim, bits, dtype) + (tokens - packed) * plain
+            for codec in codecs:
+                vectors = far * vector_bytes(codec.far, dtype) + near * vector_bytes(codec.near, dtype)
+                vectors += (tokens - far - near) * plain
+                if far + near:
+                    sample = torch.zeros(1, 1, 1, head_dim, dtype=dtype)
+                    vectors += storage_bytes(live_tensors(codec.statistics(sample)))
                 total += batch_size * heads * vectors
-            if packed and config.center_keys and config.k_bits < 16:
-                total += batch_size * heads * plain
-            constants = _constant_bytes(config, head_dim) if packed else 0
+            constants = _constant_bytes(
+                [codec.far for codec in codecs if far] + [codec.near for codec in codecs if near]
+            )
         elif isinstance(layer, DynamicSlidingWindowLayer):
             kept = min(tokens, layer.sliding_window)
             total += 2 * batch_size * heads * kept * plain + layer._sliding_window_tensor.nbytes
@@ -162,6 +178,5 @@ def predict_bytes(
     return total + constants
 
 
-def _constant_bytes(config: TurboQuantConfig, head_dim: int) -> int:
-    quantizers = [make_quantizer(config, head_dim, bits) for bits in (config.k_bits, config.v_bits)]
+def _constant_bytes(quantizers: list[Quantizer]) -> int:
     return storage_bytes(live_tensors([quantizer.constants(torch.device("cpu")) for quantizer in quantizers]))

@@ -16,7 +16,7 @@ from transformers.cache_utils import (
 
 from turboquant_local.cache.accounting import MemoryReport, live_tensors, report, storage_bytes
 from turboquant_local.cache.handle import AttentionStats
-from turboquant_local.cache.layer import CompressedLayer, HybridLayer, PlainLayer, make_quantizer
+from turboquant_local.cache.layer import CompressedLayer, HybridLayer, PlainLayer, make_codec
 from turboquant_local.config import TurboQuantConfig
 from turboquant_local.errors import CacheError
 
@@ -126,7 +126,7 @@ class TurboQuantCache(DynamicCache):
         if head_dim % 8 and min(self.kv_cache.k_bits, self.kv_cache.v_bits) < 16:
             return f"head size {head_dim} is no multiple of 8"
         for bits in (self.kv_cache.k_bits, self.kv_cache.v_bits):
-            make_quantizer(self.kv_cache, head_dim, bits)
+            make_codec(self.kv_cache, head_dim, bits, keys=True)
         return None
 
     def update(
@@ -159,18 +159,18 @@ class TurboQuantCache(DynamicCache):
             self.activate_past_recording()  # type: ignore[no-untyped-call]
 
     def window_start(self, length: int) -> int:
-        """Where the recent window begins once the cache holds `length` tokens: sinks and packed tokens lie before it.
+        """Where sinks and far tokens end once the cache holds `length` tokens; near and recent ones come after them.
 
-        0 while nothing would be packed.
+        0 while nothing would be far.
         """
-        packed = self.kv_cache.packed_length(length)
-        return self.kv_cache.sink_length + packed if packed else 0
+        far = self.kv_cache.far_length(length)
+        return self.kv_cache.sink_length + far if far else 0
 
     def rewind(self, length: int) -> int:
         """Go back to at most `length` tokens, to a point from which generation goes on as in a fresh cache.
 
-        A plain `crop` may leave packed tokens where a fresh cache would have its recent window. This drops the
-        window too; the caller feeds those few tokens again. A model whose layers cannot go back (a sliding window
+        A plain `crop` may leave far tokens where a fresh cache would have near or recent ones. This drops those
+        too; the caller feeds these few tokens again. A model whose layers cannot go back (a sliding window
         that has moved on, recurrent states) is reset.
 
         Args:
@@ -202,7 +202,7 @@ class TurboQuantCache(DynamicCache):
         return self.memory_report().compression_ratio
 
     def memory_report(self) -> MemoryReport:
-        """The bytes part by part: codes, norms, means, sinks, recent, bypassed, constants."""
+        """The bytes part by part: codes, scales, statistics, sinks, recent, bypassed, constants."""
         return report(self.layers)
 
 

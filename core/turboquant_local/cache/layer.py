@@ -20,15 +20,32 @@ from turboquant_local.errors import CacheError
 from turboquant_local.kernels.layout import KVView
 
 
-def make_quantizer(config: TurboQuantConfig, head_dim: int, bits: int) -> Quantizer:
+def make_codec(config: TurboQuantConfig, head_dim: int, bits: int, keys: bool) -> storage.SideCodec:
     """The codec of keys or values.
+
+    Args:
+        config: The settings.
+        head_dim: Size of the vectors.
+        bits: Bits of old tokens, the side's own.
+        keys: Whether they are keys: only these are centred and weighted.
 
     Raises:
         ConfigError: The head size cannot be packed or rotated as asked.
     """
+    lossy = bits < 16
+    return storage.SideCodec(
+        far=_quantizer(config, head_dim, bits),
+        near=_quantizer(config, head_dim, max(bits, config.near_bits)),
+        center=keys and lossy and config.center_keys,
+        weigh=keys and lossy and config.error_feedback,
+    )
+
+
+def _quantizer(config: TurboQuantConfig, head_dim: int, bits: int) -> Quantizer:
     if bits == 16:
         return IdentityQuantizer(head_dim)
-    return MSEQuantizer(head_dim, bits, config.rotation, config.scale, config.seed)
+    scale_bits = config.scale_bits if bits <= 4 else 16
+    return MSEQuantizer(head_dim, bits, config.rotation, config.scale, config.seed, scale_bits)
 
 
 def _refuse(value: torch.Tensor | None) -> None:
@@ -89,8 +106,8 @@ class CompressedLayer(DynamicLayer):
                 "build it from this model's config: TurboQuantCache(model.config)"
             )
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._k_quantizer = make_quantizer(self.kv_cache, key_states.shape[3], self.kv_cache.k_bits)
-        self._v_quantizer = make_quantizer(self.kv_cache, value_states.shape[3], self.kv_cache.v_bits)
+        self._k_codec = make_codec(self.kv_cache, key_states.shape[3], self.kv_cache.k_bits, keys=True)
+        self._v_codec = make_codec(self.kv_cache, value_states.shape[3], self.kv_cache.v_bits, keys=False)
         self._store(storage.empty(key_states), storage.empty(value_states))
         self.is_initialized = True
 
@@ -116,16 +133,13 @@ class CompressedLayer(DynamicLayer):
                 f"batch of {key_states.shape[0]}: the cache holds {self._k.shape[0]}; "
                 "reset() it, or use batch_repeat_interleave / batch_select_indices"
             )
-        config, center, held = self.kv_cache, self.kv_cache.center_keys and self.kv_cache.k_bits < 16, self._k.shape[2]
+        config, held = self.kv_cache, self._k.shape[2]
         seen_k, seen_v = storage.append(self._k, key_states), storage.append(self._v, value_states)
         if held:
-            seen_k = storage.settle(seen_k, config, self._k_quantizer, center, among_first=held)
-            seen_v = storage.settle(seen_v, config, self._v_quantizer, False, among_first=held)
-        self._store(
-            storage.settle(seen_k, config, self._k_quantizer, center),
-            storage.settle(seen_v, config, self._v_quantizer, False),
-        )
-        if seen_k.packed is None:
+            seen_k = storage.settle(seen_k, config, self._k_codec, among_first=held)
+            seen_v = storage.settle(seen_v, config, self._v_codec, among_first=held)
+        self._store(storage.settle(seen_k, config, self._k_codec), storage.settle(seen_v, config, self._v_codec))
+        if not seen_k.packed:
             self.stats.attention["exact"] += 1
         return self._as_tensor(seen_k), self._as_tensor(seen_v)
 
@@ -185,14 +199,11 @@ class CompressedLayer(DynamicLayer):
     def _store(self, k: KVView, v: KVView) -> None:
         self._k, self._v = k, v
         # Rotations and codebooks are shared, but alive as long as something packed needs them: held to be counted.
-        self._constants = (
-            ()
-            if k.packed is None
-            else self._k_quantizer.constants(self.device) + self._v_quantizer.constants(self.device)
-        )
+        used = {part.quantizer for part in (*k.packed, *v.packed)}
+        self._constants = tuple(x for quantizer in used for x in quantizer.constants(self.device))
 
     def _as_tensor(self, view: KVView) -> torch.Tensor:
-        return view.recent if view.packed is None else KVHandle(view, self.stats)
+        return KVHandle(view, self.stats) if view.packed else view.recent
 
 
 class PlainLayer(DynamicLayer):

@@ -1,21 +1,49 @@
 """What one layer holds of keys or of values, and how it grows, shrinks and is reordered.
 
 All functions return a new `KVView`: tensors are never written to, so a view handed to attention stays true
-whatever happens to the cache. Packed tokens are moved and cut, never quantised a second time.
+whatever happens to the cache. Packed tokens are moved and cut; only on their way from near to far are they quantised
+again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
-from turboquant_local.codec.centering import key_mean
 from turboquant_local.codec.quantizer import Quantizer
+from turboquant_local.codec.statistics import HeadStatistics, head_statistics
 from turboquant_local.config import TurboQuantConfig
 from turboquant_local.kernels import api
 from turboquant_local.kernels.layout import KVView, PackedKV
+
+_PIECE = 4096
+"""Tokens of a long prompt that are packed at once: bounds what is near and far at the same time."""
+
+
+@dataclass(frozen=True)
+class SideCodec:
+    """How one side, keys or values, of a layer is packed.
+
+    Attributes:
+        far: The codec of old tokens.
+        near: That of the tokens just before the recent window, with as many bits or more.
+        center: Subtract a mean from them.
+        weigh: Choose codes with regard to which channels matter.
+    """
+
+    far: Quantizer
+    near: Quantizer
+    center: bool = False
+    weigh: bool = False
+
+    def statistics(self, sample: torch.Tensor) -> HeadStatistics:
+        """What is to be known of a head before its first token is packed."""
+        return head_statistics(sample, center=self.center, weigh=self.weigh, unit=8 in self._scale_bits())
+
+    def _scale_bits(self) -> tuple[int, int]:
+        return self.far.scale_bits, self.near.scale_bits
 
 
 def empty(like: torch.Tensor) -> KVView:
@@ -25,7 +53,7 @@ def empty(like: torch.Tensor) -> KVView:
         like: `[batch, num_kv_heads, any, head_dim]`: gives shape, dtype and device.
     """
     nothing = like.new_empty(*like.shape[:2], 0, like.shape[3])
-    return KVView(nothing, None, nothing)
+    return KVView(nothing, None, None, nothing)
 
 
 def append(view: KVView, x: torch.Tensor) -> KVView:
@@ -34,73 +62,97 @@ def append(view: KVView, x: torch.Tensor) -> KVView:
     return replace(view, recent=recent)
 
 
-def settle(
-    view: KVView, config: TurboQuantConfig, quantizer: Quantizer, center: bool, among_first: int | None = None
-) -> KVView:
+def settle(view: KVView, config: TurboQuantConfig, codec: SideCodec, among_first: int | None = None) -> KVView:
     """Pack the tokens that have left the recent window, and own every tensor that stays.
+
+    A token is first packed near, and again far once it is old: so its codes do not depend on how it arrived.
 
     Args:
         view: May hold tensors that belong to the model; they are copied.
-        config: How many tokens stay unpacked.
-        quantizer: The codec.
-        center: Subtract the `key_mean` of the first tokens behind the sinks.
+        config: How many tokens stay unpacked, and near.
+        codec: The codec of this side.
         among_first: Leave the tokens behind the first so many as they are.
     """
-    packed = view.packed
-    target = config.packed_length(view.shape[2])
+    target, far_target = config.packed_length(view.shape[2]), config.far_length(view.shape[2])
     if among_first is not None:
         blocks = max(0, among_first - config.sink_length) // config.block_length
         target = min(target, blocks * config.block_length)
-    count = target - (packed.length if packed else 0)
+    far_target = min(far_target, target)
+    count = target - view.packed_length
     if count <= 0:
         return replace(view, recent=_owned(view.recent))
-    sinks, recent = view.sinks, view.recent
-    if packed is None:
+    sinks, recent, statistics = view.sinks, view.recent, view.statistics
+    if statistics is None:
         sinks, recent = _owned(recent[:, :, : config.sink_length]), recent[:, :, config.sink_length :]
-        mean = None
-        if center:
-            # Always of the same tokens, so that the codes do not depend on how the prompt arrived.
-            mean = key_mean(recent[:, :, : max(config.residual_length, config.block_length)])
-        packed = api.quantize_kv(recent[:, :, :count], quantizer, mean)
-    else:
-        new = api.quantize_kv(recent[:, :, :count], quantizer, packed.mean)
-        scales = None if packed.scales is None or new.scales is None else torch.cat([packed.scales, new.scales], dim=2)
-        packed = replace(packed, codes=torch.cat([packed.codes, new.codes], dim=2), scales=scales)
-    return KVView(sinks, _owned_packed(packed), _owned(recent[:, :, count:]))
+        # Always of the same tokens, so that the codes do not depend on how the prompt arrived.
+        statistics = codec.statistics(recent[:, :, : config.sample_length])
+    far, near = view.far, view.near
+    unweighted = replace(statistics, weights=None)  # near codes are fine enough to be rounded one by one
+    for piece in recent[:, :, :count].split(_PIECE, dim=2):
+        near = _join(near, api.quantize_kv(piece, codec.near, unweighted))
+        leaving = min(near.length, far_target - (far.length if far else 0))
+        if leaving > 0:
+            far = _join(far, api.requantize_kv(near.tokens(0, leaving), codec.far, statistics))
+            near = near.tokens(leaving, near.length) if leaving < near.length else None
+    return KVView(sinks, _owned_packed(far), _owned_packed(near), _owned(recent[:, :, count:]), statistics)
 
 
 def crop(view: KVView, length: int) -> KVView:
     """Keep the first `length` tokens."""
     sink_length = view.sinks.shape[2]
-    if view.packed is None:
+    if not view.packed:
         return replace(view, recent=_owned(view.recent[:, :, :length]))
     if length <= sink_length:
-        return KVView(view.sinks[:, :, :0].clone(), None, _owned(view.sinks[:, :, :length]))
-    packed = view.packed
-    if length < sink_length + packed.length:
-        packed = _owned_packed(packed.tokens(0, length - sink_length))
-    kept = max(0, length - sink_length - packed.length)
-    return KVView(view.sinks, packed, _owned(view.recent[:, :, :kept]))
+        return KVView(view.sinks[:, :, :0].clone(), None, None, _owned(view.sinks[:, :, :length]))
+    far_length = view.far.length if view.far else 0
+    far = _cropped(view.far, length - sink_length)
+    near = _cropped(view.near, length - sink_length - far_length)
+    kept = max(0, length - sink_length - view.packed_length)
+    return KVView(view.sinks, far, near, _owned(view.recent[:, :, :kept]), view.statistics)
 
 
 def map_tensors(view: KVView, function: Callable[[torch.Tensor], torch.Tensor]) -> KVView:
     """Apply a function of the batch dimension or of the device to every tensor."""
-    packed = view.packed
-    if packed is not None:
-        packed = replace(
-            packed,
-            codes=function(packed.codes),
-            scales=None if packed.scales is None else function(packed.scales),
-            mean=None if packed.mean is None else function(packed.mean),
-        )
-    return KVView(function(view.sinks), packed, function(view.recent))
+
+    def mapped(x: torch.Tensor | None) -> torch.Tensor | None:
+        return None if x is None else function(x)
+
+    statistics = view.statistics and HeadStatistics(
+        mapped(view.statistics.mean), mapped(view.statistics.weights), mapped(view.statistics.scale_unit)
+    )
+
+    def mapped_part(part: PackedKV | None) -> PackedKV | None:
+        if part is None or statistics is None:
+            return None
+        unit = None if part.scale_unit is None else statistics.scale_unit
+        return PackedKV(part.quantizer, function(part.codes), mapped(part.scales), unit, statistics.mean)
+
+    return KVView(
+        function(view.sinks), mapped_part(view.far), mapped_part(view.near), function(view.recent), statistics
+    )
 
 
 def dequantize(view: KVView) -> torch.Tensor:
     """All tokens in the model's dtype: `[batch, num_kv_heads, tokens, head_dim]`."""
-    if view.packed is None:
+    if not view.packed:
         return view.recent
-    return torch.cat([view.sinks, api.dequantize_kv(view.packed, view.recent.dtype), view.recent], dim=2)
+    parts = [api.dequantize_kv(part, view.recent.dtype) for part in view.packed]
+    return torch.cat([view.sinks, *parts, view.recent], dim=2)
+
+
+def _join(first: PackedKV | None, second: PackedKV) -> PackedKV:
+    if first is None:
+        return second
+    scales = None
+    if first.scales is not None and second.scales is not None:
+        scales = torch.cat([first.scales, second.scales], dim=2)
+    return replace(first, codes=torch.cat([first.codes, second.codes], dim=2), scales=scales)
+
+
+def _cropped(packed: PackedKV | None, length: int) -> PackedKV | None:
+    if packed is None or length <= 0:
+        return None
+    return packed if length >= packed.length else _owned_packed(packed.tokens(0, length))
 
 
 def _owned(x: torch.Tensor) -> torch.Tensor:
@@ -109,6 +161,8 @@ def _owned(x: torch.Tensor) -> torch.Tensor:
     return x if exact and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
 
 
-def _owned_packed(packed: PackedKV) -> PackedKV:
+def _owned_packed(packed: PackedKV | None) -> PackedKV | None:
+    if packed is None:
+        return None
     scales = None if packed.scales is None else _owned(packed.scales)
     return replace(packed, codes=_owned(packed.codes), scales=scales)

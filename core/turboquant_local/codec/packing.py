@@ -111,7 +111,7 @@ def _swap_signs(packed: torch.Tensor) -> torch.Tensor:
 
 def _pack_plane(part: torch.Tensor, width: int) -> torch.Tensor:
     slots = part.unflatten(-1, (-1, 8 // width))
-    byte = slots[..., 0].clone()
+    byte: torch.Tensor = slots[..., 0].clone()
     for slot in range(1, 8 // width):
         byte |= slots[..., slot] << (slot * width)
     return byte

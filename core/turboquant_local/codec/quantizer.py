@@ -13,12 +13,10 @@ from typing import Protocol
 import torch
 
 from turboquant_local.codec.codebook import lloyd_max
+from turboquant_local.codec.feedback import feedback_codes
 from turboquant_local.codec.packing import aligned, byte_codes, pack_codes, packed_size, planes, unpack_codes
 from turboquant_local.codec.rotation import rotation_matrix
 from turboquant_local.config import Rotation, Scale
-
-SCALE_DTYPE = torch.float16
-_SCALE_MAX = torch.finfo(SCALE_DTYPE).max
 
 
 class Quantizer(Protocol):
@@ -32,8 +30,17 @@ class Quantizer(Protocol):
     def bits(self) -> int:
         """Bits a coordinate."""
 
-    def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    @property
+    def scale_bits(self) -> int:
+        """Bits in which the storage keeps a vector's scale: 8, 16, or 0 if there is none."""
+
+    def quantize(
+        self, x: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Packed codes and, where the codec has one, the scale of every vector."""
+
+    def encode(self, y: torch.Tensor, weights: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`quantize` for vectors that are rotated already."""
 
     def levels(self, codes: torch.Tensor) -> torch.Tensor:
         """The vectors that packed codes stand for, rotated and without scale: `[..., head_dim]` float32."""
@@ -54,10 +61,15 @@ class IdentityQuantizer:
 
     head_dim: int
     bits: int = 16
+    scale_bits: int = 0
 
-    def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def quantize(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> tuple[torch.Tensor, None]:
         """The vectors themselves, `[..., head_dim]`, in their own dtype."""
         return x.contiguous(), None
+
+    def encode(self, y: torch.Tensor, weights: torch.Tensor | None = None) -> tuple[torch.Tensor, None]:
+        """The vectors themselves."""
+        return self.quantize(y)
 
     def levels(self, codes: torch.Tensor) -> torch.Tensor:
         """The vectors in float32."""
@@ -87,6 +99,7 @@ class MSEQuantizer:
         scale: What is stored beside the codes in 16 bits: "norm" |x| (the paper), "unbiased" |x|^2 / <x, x̂>
             (inner products without bias, EDEN's choice), "least_error" <x, x̂> / |x̂|^2.
         seed: Seed of the rotation.
+        scale_bits: Bits in which the storage keeps the scale, 8 or 16. `quantize` itself gives float32.
 
     Raises:
         ConfigError: A head size that cannot be packed or rotated this way.
@@ -97,33 +110,52 @@ class MSEQuantizer:
     rotation: Rotation = "auto"
     scale: Scale = "unbiased"
     seed: int = 0
+    scale_bits: int = 16
 
     def __post_init__(self) -> None:
         packed_size(self.head_dim, self.bits)
         rotation_matrix(self.head_dim, self.rotation, self.seed)
 
-    def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def quantize(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Quantise vectors.
 
         Args:
-            x: `[..., head_dim]`, any float dtype, any norm.
+            x: `[..., tokens, head_dim]`, any float dtype, any norm.
+            weights: `[..., 1, head_dim]`, above 0: how much an error counts in each channel of x (the expected square
+                of a query there). With them, codes are chosen by error feedback (`codec.feedback`), and the scale's
+                inner products are weighted likewise.
 
         Returns:
-            Packed codes `[..., head_dim * bits / 8]` uint8 and scales `[...]` float16. A scale above float16's
-            65504 is held there.
+            Packed codes `[..., tokens, head_dim * bits / 8]` uint8 and scales `[..., tokens]` float32.
         """
-        constants = _constants(self, x.device)
-        y = self.rotate(x)
+        return self.encode(self.rotate(x), weights)
+
+    def encode(self, y: torch.Tensor, weights: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """`quantize` for vectors y = Π x that are rotated already, in float32."""
+        constants = _constants(self, y.device)
         norm = y.norm(dim=-1, keepdim=True)
         y = y / norm.clamp_min(torch.finfo(torch.float32).tiny)
-        codes = torch.bucketize(y, constants.boundaries, out_int32=True)
+        if weights is None:
+            weighted = y
+            codes = torch.bucketize(y, constants.boundaries, out_int32=True)
+        else:
+            weighted = self.rotate(self.unrotate(y) * weights.float())
+            codes = feedback_codes(y, constants.centroids, constants.boundaries, weights, constants.rotation)
         packed = pack_codes(codes.to(torch.uint8), self.bits)
         if self.scale != "norm":
             level = constants.centroids[codes]
-            dot = (y * level).sum(-1, keepdim=True)
-            unit_scale = dot.reciprocal() if self.scale == "unbiased" else dot / level.square().sum(-1, keepdim=True)
+            dot = (weighted * level).sum(-1, keepdim=True)
+            if self.scale == "unbiased":
+                unit_scale = (weighted * y).sum(-1, keepdim=True) / dot
+            else:
+                unit_scale = dot / self._weighted_square(level, weights)
             norm = torch.where(norm > 0, norm * unit_scale, norm)
-        return packed, norm.squeeze(-1).clamp(max=_SCALE_MAX).to(SCALE_DTYPE)
+        return packed, norm.squeeze(-1)
+
+    def _weighted_square(self, y: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        if weights is not None:
+            y = self.unrotate(y) * weights.float().sqrt()
+        return y.square().sum(-1, keepdim=True)
 
     def levels(self, codes: torch.Tensor) -> torch.Tensor:
         """The centroids of packed codes: `[..., head_dim]` float32."""

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 
 from turboquant_local.codec.quantizer import Quantizer
+from turboquant_local.codec.statistics import HeadStatistics
 from turboquant_local.errors import BackendError, CacheError
 from turboquant_local.kernels import reference
 from turboquant_local.kernels.layout import KVView, PackedKV
+
+_NOTHING = HeadStatistics()
 
 
 def choose(query: torch.Tensor, keys: KVView, values: KVView, impl: str = "auto") -> str:
@@ -67,18 +70,18 @@ def _plain(impl: str) -> str:
 
 
 def quantize_kv(
-    x: torch.Tensor, quantizer: Quantizer, mean: torch.Tensor | None = None, *, impl: str = "auto"
+    x: torch.Tensor, quantizer: Quantizer, statistics: HeadStatistics = _NOTHING, *, impl: str = "auto"
 ) -> PackedKV:
     """Pack keys or values.
 
     Args:
         x: `[batch, num_kv_heads, tokens, head_dim]`, any float dtype.
         quantizer: The codec, for this head size.
-        mean: `[batch, num_kv_heads, 1, head_dim]` to subtract first.
+        statistics: The mean to subtract first, weights of channels, the unit of 8-bit scales; each may be None.
         impl: Implementation.
 
     Raises:
-        CacheError: The head size is not the quantizer's.
+        CacheError: The head size is not the quantizer's, or 8-bit scales have no unit.
         BackendError: There is no such implementation here, or it does not serve this quantizer.
     """
     if x.dim() != 4 or x.shape[-1] != quantizer.head_dim:
@@ -86,17 +89,46 @@ def quantize_kv(
             f"x of shape {tuple(x.shape)}: expected [batch, num_kv_heads, tokens, {quantizer.head_dim}]; "
             "build the quantizer for this head size"
         )
+    _check_unit(quantizer, statistics)
     if impl in ("auto", "triton") and (impl == "triton" or x.is_cuda):
         quantize = _triton("quantize")
-        reason = quantize if isinstance(quantize, str) else quantize.refusal(x, quantizer)
+        reason = quantize if isinstance(quantize, str) else quantize.refusal(x, quantizer, statistics)
         if reason is None:
-            packed: PackedKV = quantize.quantize_kv(x, quantizer, mean)
+            packed: PackedKV = quantize.quantize_kv(x, quantizer, statistics)
             return packed
         if impl == "triton":
             raise BackendError(f"impl='triton': {reason}; use impl='reference', or 'auto'")
     else:
         _plain(impl)
-    return reference.quantize_kv(x, quantizer, mean)
+    return reference.quantize_kv(x, quantizer, statistics)
+
+
+def requantize_kv(
+    packed: PackedKV, quantizer: Quantizer, statistics: HeadStatistics = _NOTHING, *, impl: str = "auto"
+) -> PackedKV:
+    """Pack packed tokens again, in other bits. With the quantizer they have already they stay as they are.
+
+    Args:
+        packed: Tokens packed with the same rotation and statistics.
+        quantizer: The codec to go to.
+        statistics: As for `quantize_kv`.
+        impl: Implementation.
+
+    Raises:
+        CacheError: 8-bit scales have no unit.
+        BackendError: There is no such implementation.
+    """
+    _check_unit(quantizer, statistics)
+    _plain(impl)
+    return reference.requantize_kv(packed, quantizer, statistics)
+
+
+def _check_unit(quantizer: Quantizer, statistics: HeadStatistics) -> None:
+    if quantizer.scale_bits == 8 and statistics.scale_unit is None:
+        raise CacheError(
+            "statistics.scale_unit=None: 8-bit scales need a unit; take it from a sample with head_statistics(...), "
+            "or build the quantizer with scale_bits=16"
+        )
 
 
 def dequantize_kv(packed: PackedKV, dtype: torch.dtype, *, impl: str = "auto") -> torch.Tensor:
@@ -154,8 +186,10 @@ def attention(
         )
     if mask is not None and (mask.dim() != 4 or mask.shape[-1] < keys.shape[2]):
         raise CacheError(f"mask {tuple(mask.shape)}: expected 4 dimensions, the last of {keys.shape[2]} keys or more")
-    if values.packed is not None and values.packed.mean is not None:
-        raise CacheError("values.packed.mean: only keys can be centred; quantize the values without a mean")
+    if [part.length for part in keys.packed] != [part.length for part in values.packed]:
+        raise CacheError("keys.packed, values.packed: expected parts of equal lengths; pack both sides together")
+    if any(part.mean is not None for part in values.packed):
+        raise CacheError("values.packed: only keys can be centred; quantize the values without a mean")
     module = reference if choose(query, keys, values, impl) == "reference" else _triton("decode_attention")
     out: torch.Tensor = module.attention(
         query,

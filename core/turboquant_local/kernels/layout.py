@@ -7,7 +7,17 @@ from dataclasses import dataclass
 import torch
 
 from turboquant_local.codec.packing import packed_size
-from turboquant_local.codec.quantizer import SCALE_DTYPE, Quantizer
+from turboquant_local.codec.quantizer import Quantizer
+from turboquant_local.codec.statistics import HeadStatistics
+
+STEPS_PER_OCTAVE = 32
+"""Of an 8-bit scale: neighbours differ by 2.2 %. Coarser steps cost more than they save: an error of the scale moves a
+whole score, where errors of coordinates average out."""
+
+UNIT_CODE = 96
+"""Code of a scale equal to its unit. 0 is a scale of 0; the others reach from 1/8 of the unit to 31 times."""
+
+_SCALE_MAX = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
@@ -18,13 +28,16 @@ class PackedKV:
         quantizer: How to read the codes.
         codes: `[batch, num_kv_heads, tokens, bytes]` uint8; with the identity codec `[..., head_dim]` in the
             model's dtype.
-        scales: `[batch, num_kv_heads, tokens]` float16, or None with the identity codec.
+        scales: `[batch, num_kv_heads, tokens]`, as `quantizer.scale_bits` says float16, or uint8 codes of the
+            logarithm (see `scale_values`), or None with the identity codec.
+        scale_unit: `[batch, num_kv_heads, 1]` float32, the unit of 8-bit scales, else None.
         mean: `[batch, num_kv_heads, 1, head_dim]`, subtracted from every vector before it was quantised, or None.
     """
 
     quantizer: Quantizer
     codes: torch.Tensor
     scales: torch.Tensor | None
+    scale_unit: torch.Tensor | None
     mean: torch.Tensor | None
 
     @property
@@ -35,39 +48,74 @@ class PackedKV:
     def tokens(self, start: int, stop: int) -> PackedKV:
         """A view of the tokens in `[start, stop)`."""
         scales = None if self.scales is None else self.scales[:, :, start:stop]
-        return PackedKV(self.quantizer, self.codes[:, :, start:stop], scales, self.mean)
+        return PackedKV(self.quantizer, self.codes[:, :, start:stop], scales, self.scale_unit, self.mean)
+
+    def scale_values(self) -> torch.Tensor | None:
+        """The scales as numbers: `[batch, num_kv_heads, tokens]` float32, or None with the identity codec."""
+        if self.scales is None or self.scale_unit is None:
+            return None if self.scales is None else self.scales.float()
+        octaves = (self.scales.float() - UNIT_CODE) / STEPS_PER_OCTAVE
+        return torch.where(self.scales > 0, self.scale_unit * octaves.exp2(), 0.0)
+
+
+def store_scales(scales: torch.Tensor, unit: torch.Tensor | None) -> torch.Tensor:
+    """Scales as they are stored: uint8 for a unit, else float16.
+
+    What is too large is held at the largest scale; with a unit, what is nearer to 0 than to the smallest becomes 0.
+
+    Args:
+        scales: `[batch, num_kv_heads, tokens]` float32, 0 or more.
+        unit: `[batch, num_kv_heads, 1]` float32, or None.
+    """
+    if unit is None:
+        return scales.clamp(max=_SCALE_MAX).to(torch.float16)
+    codes = ((scales / unit).log2() * STEPS_PER_OCTAVE).round() + UNIT_CODE
+    smallest = 2.0 ** ((1 - UNIT_CODE) / STEPS_PER_OCTAVE)
+    return torch.where(scales < unit * smallest / 2, 0.0, codes.clamp(1, 255)).to(torch.uint8)
 
 
 @dataclass(frozen=True)
 class KVView:
-    """All tokens of one side of one layer, oldest first: sinks, packed tokens, recent window.
+    """All tokens of one side of one layer, oldest first: sinks, far and near packed tokens, recent window.
 
     Attributes:
-        sinks: `[batch, num_kv_heads, sink_length, head_dim]` in the model's dtype.
-        packed: The packed tokens, or None while there are none; then `sinks` is empty too.
+        sinks: `[batch, num_kv_heads, sink_length, head_dim]` in the model's dtype; none while nothing is packed.
+        far: The oldest packed tokens, or None.
+        near: The packed tokens after them, with more bits, or None.
         recent: `[batch, num_kv_heads, tokens, head_dim]` in the model's dtype.
+        statistics: With which more tokens are to be packed, or None while nothing is.
     """
 
     sinks: torch.Tensor
-    packed: PackedKV | None
+    far: PackedKV | None
+    near: PackedKV | None
     recent: torch.Tensor
+    statistics: HeadStatistics | None = None
+
+    @property
+    def packed(self) -> tuple[PackedKV, ...]:
+        """The packed parts there are, oldest first."""
+        return tuple(part for part in (self.far, self.near) if part is not None)
+
+    @property
+    def packed_length(self) -> int:
+        """Packed tokens of all parts."""
+        return sum(part.length for part in self.packed)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """`(batch, num_kv_heads, tokens, head_dim)` of the whole."""
         batch, heads, _, head_dim = self.recent.shape
-        packed = self.packed.length if self.packed else 0
-        return batch, heads, self.sinks.shape[2] + packed + self.recent.shape[2], head_dim
+        return batch, heads, self.sinks.shape[2] + self.packed_length + self.recent.shape[2], head_dim
 
 
-def vector_bytes(head_dim: int, bits: int, dtype: torch.dtype) -> int:
+def vector_bytes(quantizer: Quantizer, dtype: torch.dtype) -> int:
     """Bytes of one packed vector, its scale included.
 
     Args:
-        head_dim: Size of the vector.
-        bits: 1 to 8, or 16 for the identity codec.
-        dtype: The model's dtype.
+        quantizer: The codec.
+        dtype: The model's dtype, in which the identity codec keeps vectors.
     """
-    if bits == 16:
-        return head_dim * dtype.itemsize
-    return packed_size(head_dim, bits) + SCALE_DTYPE.itemsize
+    if quantizer.bits == 16:
+        return quantizer.head_dim * dtype.itemsize
+    return packed_size(quantizer.head_dim, quantizer.bits) + quantizer.scale_bits // 8

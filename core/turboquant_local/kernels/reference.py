@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import torch
 
 from turboquant_local.codec.quantizer import Quantizer
-from turboquant_local.kernels.layout import KVView, PackedKV
+from turboquant_local.codec.statistics import HeadStatistics
+from turboquant_local.kernels.layout import KVView, PackedKV, store_scales
 
 _TILE_ELEMENTS = 2**17
 """Most float32 elements of a tile of keys, values or scores (0.5 MiB): small beside the cache, and no slower."""
@@ -19,15 +20,40 @@ _QUANTIZE_TOKENS = 4096
 """Tokens quantised at once; bounds the float32 copies during prefill."""
 
 
-def quantize_kv(x: torch.Tensor, quantizer: Quantizer, mean: torch.Tensor | None) -> PackedKV:
+def quantize_kv(x: torch.Tensor, quantizer: Quantizer, statistics: HeadStatistics) -> PackedKV:
     """See `kernels.api.quantize_kv`."""
+    mean = statistics.mean
     parts = [
-        quantizer.quantize(part if mean is None else part.float() - mean.float())
+        quantizer.quantize(part if mean is None else part.float() - mean.float(), statistics.weights)
         for part in x.split(_QUANTIZE_TOKENS, dim=2)
     ]
-    codes = [codes for codes, _ in parts]
-    scales = [scale for _, scale in parts if scale is not None]
-    return PackedKV(quantizer, _join(codes), _join(scales) if scales else None, mean)
+    return _store(parts, quantizer, statistics)
+
+
+def requantize_kv(packed: PackedKV, quantizer: Quantizer, statistics: HeadStatistics) -> PackedKV:
+    """See `kernels.api.requantize_kv`."""
+    if packed.quantizer == quantizer:
+        return packed
+    parts = []
+    for start, stop in _tiles(packed.length, _QUANTIZE_TOKENS):
+        parts.append(quantizer.encode(_rotated(packed.tokens(start, stop)), statistics.weights))
+    return _store(parts, quantizer, statistics)
+
+
+def _store(
+    parts: list[tuple[torch.Tensor, torch.Tensor | None]], quantizer: Quantizer, statistics: HeadStatistics
+) -> PackedKV:
+    unit = statistics.scale_unit if quantizer.scale_bits == 8 else None
+    scales = [store_scales(scale, unit) for _, scale in parts if scale is not None]
+    codes = _join([codes for codes, _ in parts])
+    return PackedKV(quantizer, codes, _join(scales) if scales else None, unit, statistics.mean)
+
+
+def _rotated(packed: PackedKV) -> torch.Tensor:
+    """The vectors that packed tokens stand for, still rotated and without their mean, in float32."""
+    x = packed.quantizer.levels(packed.codes)
+    scales = packed.scale_values()
+    return x if scales is None else x * scales.unsqueeze(-1)
 
 
 def dequantize_kv(packed: PackedKV, dtype: torch.dtype) -> torch.Tensor:
@@ -35,13 +61,9 @@ def dequantize_kv(packed: PackedKV, dtype: torch.dtype) -> torch.Tensor:
     batch, heads, tokens = packed.codes.shape[:3]
     out = torch.empty(batch, heads, tokens, packed.quantizer.head_dim, dtype=dtype, device=packed.codes.device)
     step = _tile_length(batch * heads * packed.quantizer.head_dim)
-    for start in range(0, tokens, step):
-        tile = packed.tokens(start, start + step)
-        x = packed.quantizer.levels(tile.codes)
-        if tile.scales is not None:
-            x = x * tile.scales.float().unsqueeze(-1)
-        x = packed.quantizer.unrotate(x)
-        out[:, :, start : start + step] = x if packed.mean is None else x + packed.mean.float()
+    for start, stop in _tiles(tokens, step):
+        x = packed.quantizer.unrotate(_rotated(packed.tokens(start, stop)))
+        out[:, :, start:stop] = x if packed.mean is None else x + packed.mean.float()
     return out
 
 
@@ -72,26 +94,31 @@ def attention(
         softmax.add(scores, tile, scales, rotated)
 
     position = 0
-    for key_part, value_part in ((keys.sinks, values.sinks), (keys.recent, values.recent)):
-        for start, stop in _tiles(key_part.shape[2], step):
-            scores = rows @ key_part[:, :, start:stop].float().mT
-            add(scores, position + start, value_part[:, :, start:stop].float(), None, rotated=False)
+    for plain_keys, plain_values in ((keys.sinks, values.sinks), (keys.recent, values.recent)):
+        for start, stop in _tiles(plain_keys.shape[2], step):
+            scores = rows @ plain_keys[:, :, start:stop].float().mT
+            add(scores, position + start, plain_values[:, :, start:stop].float(), None, rotated=False)
         position = kv_length - keys.recent.shape[2]
-    if keys.packed is None or values.packed is None:
-        return softmax.result(None).to(query.dtype).view(batch, q_heads, q_length, v_dim)
-    rotated_rows = keys.packed.quantizer.rotate(rows)
-    # A mean taken off every packed key comes back as one constant per query.
-    offset = None if keys.packed.mean is None else rows @ keys.packed.mean.float().mT  # [B, Hkv, rows, 1]
-    for start, stop in _tiles(keys.packed.length, step):
-        key_tile, value_tile = keys.packed.tokens(start, stop), values.packed.tokens(start, stop)
-        scores = rotated_rows @ keys.packed.quantizer.levels(key_tile.codes).mT
-        if key_tile.scales is not None:
-            scores = scores * key_tile.scales.float().unsqueeze(2)
-        if offset is not None:
-            scores = scores + offset
-        levels = values.packed.quantizer.levels(value_tile.codes)
-        add(scores, keys.sinks.shape[2] + start, levels, value_tile.scales, rotated=True)
-    return softmax.result(values.packed.quantizer).to(query.dtype).view(batch, q_heads, q_length, v_dim)
+    position = keys.sinks.shape[2]
+    offset = None
+    for key_part, value_part in zip(keys.packed, values.packed, strict=True):
+        rotated_rows = key_part.quantizer.rotate(rows)
+        if key_part.mean is not None:  # taken off every packed key, it comes back as one constant per query
+            offset = rows @ key_part.mean.float().mT  # [B, Hkv, rows, 1]
+        for start, stop in _tiles(key_part.length, step):
+            key_tile, value_tile = key_part.tokens(start, stop), value_part.tokens(start, stop)
+            scores = rotated_rows @ key_tile.quantizer.levels(key_tile.codes).mT
+            key_scales = key_tile.scale_values()
+            if key_scales is not None:
+                scores = scores * key_scales.unsqueeze(2)
+            if offset is not None:
+                scores = scores + offset
+            levels = value_tile.quantizer.levels(value_tile.codes)
+            add(scores, position + start, levels, value_tile.scale_values(), rotated=True)
+        position += key_part.length
+    # All parts of a side are rotated alike.
+    quantizer = values.packed[0].quantizer if values.packed else None
+    return softmax.result(quantizer).to(query.dtype).view(batch, q_heads, q_length, v_dim)
 
 
 class _OnlineSoftmax:
@@ -118,7 +145,7 @@ class _OnlineSoftmax:
         weights = torch.exp(scores - base)
         self.maximum, self.total = maximum, self.total * decay + weights.sum(-1, keepdim=True)
         if scales is not None:
-            weights = weights * scales.float().unsqueeze(2)
+            weights = weights * scales.unsqueeze(2)
         part = weights @ tile
         self.plain = self.plain * decay + (0.0 if rotated else part)
         self.rotated = self.rotated * decay + (part if rotated else 0.0)

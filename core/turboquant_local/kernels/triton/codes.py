@@ -2,7 +2,8 @@
 
 A tile of packed elements becomes a tile of centroids with its `slots` (the codes that one element holds) in the last
 dimensions: slot s of element g is channel `slots * g + s`. An element is a byte; for four bits 16 bits; for three bits
-one byte of each of three planes. The bit order is that of `codec.packing`.
+one byte of each of three planes; for six bits 16 bits of the first plane and a byte of the second. The bit order is
+that of `codec.packing`.
 """
 
 import triton
@@ -12,7 +13,7 @@ import triton.language as tl
 @triton.constexpr_function
 def slots(bits: int) -> int:
     """Codes that one element of a tile holds."""
-    return {1: 8, 2: 4, 3: 8, 4: 4}.get(bits, 1)
+    return {1: 8, 2: 4, 3: 8, 4: 4, 6: 4}.get(bits, 1)
 
 
 @triton.jit
@@ -23,6 +24,8 @@ def _code(x, y, z, SLOT: tl.constexpr, BITS: tl.constexpr):
     elif BITS == 4:
         SIGN: tl.constexpr = (7 + 8 * SLOT) % 20
         code = ((x >> (4 * SLOT)) & 7) ^ (8 ^ (((x >> SIGN) & 1) * 15))
+    elif BITS == 6:
+        code = ((x >> (4 * SLOT)) & 15) | (((y.to(tl.uint16) >> (2 * SLOT)) & 3) << 4)
     elif BITS == 3:
         if SLOT < 6:
             plane = x if SLOT < 2 else (y if SLOT < 4 else z)
@@ -81,10 +84,10 @@ def levels(x, y, z, table, BITS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.cons
 
     Args:
         x: `[..., groups]` packed elements; of three-bit codes the first plane.
-        y: The second plane of three-bit codes, else ignored.
+        y: The second plane of three- and six-bit codes, else ignored.
         z: The third plane of three-bit codes, else ignored.
         table: Pointer to the centroids, float32.
-        BITS: 1, 2, 3, 4 or 8.
+        BITS: 1, 2, 3, 4, 6 or 8.
         DTYPE: Type of the result.
         ASM: What `assembly.decoder` gave, or None for the portable form; the results are the same.
 
@@ -98,7 +101,7 @@ def levels(x, y, z, table, BITS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.cons
     else:
         even = _level(x, y, z, table, 0, BITS, DTYPE), _level(x, y, z, table, 2, BITS, DTYPE)
         odd = _level(x, y, z, table, 1, BITS, DTYPE), _level(x, y, z, table, 3, BITS, DTYPE)
-        if BITS == 2 or BITS == 4:
+        if BITS == 2 or BITS == 4 or BITS == 6:
             out = _joined(even[0], odd[0], even[1], odd[1])
         else:
             more_even = _level(x, y, z, table, 4, BITS, DTYPE), _level(x, y, z, table, 6, BITS, DTYPE)

@@ -15,7 +15,7 @@ from turboquant_local.kernels.triton.devices import multiprocessors, unserved
 from turboquant_local.kernels.triton.queries import combine, prepare
 
 MAX_Q_LENGTH = 8
-BITS = (1, 2, 3, 4, 8, 16)
+BITS = (1, 2, 3, 4, 6, 8, 16)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -38,15 +38,15 @@ class Launch:
 
 def refusal(query: torch.Tensor, keys: KVView, values: KVView) -> str | None:
     """Why this call is not served, or None."""
-    k, v = keys.packed, values.packed
-    if k is None or v is None:
+    if not keys.packed:
         return "nothing is packed"
     if not 1 <= query.shape[2] <= MAX_Q_LENGTH:
         return f"q_length={query.shape[2]}: it serves 1 to {MAX_Q_LENGTH} query tokens"
     reason = unserved(query.device)
     if reason is not None:
         return reason
-    for name, side in (("keys", k), ("values", v)):
+    sides = [("keys", part) for part in keys.packed] + [("values", part) for part in values.packed]
+    for name, side in sides:
         head_dim, bits = side.quantizer.head_dim, side.quantizer.bits
         if bits not in BITS or not (bits == 16 or isinstance(side.quantizer, MSEQuantizer)):
             return f"{name}: {bits} bits of {type(side.quantizer).__name__}: it reads {BITS} bits"
@@ -73,28 +73,24 @@ def attention(
     launch: Launch | None = None,
 ) -> torch.Tensor:
     """See `kernels.api.attention`; `refusal` says what is served."""
-    k, v = keys.packed, values.packed
-    assert k is not None
-    assert v is not None
     query = query.contiguous()
     batch, q_heads, q_length, k_dim = query.shape
     kv_heads, v_dim = values.shape[1], values.shape[3]
     group, rows = q_heads // kv_heads, batch * q_heads * q_length
-    launch = launch or _launch(k, v, query.dtype, batch * kv_heads * k.length)
     k_padded, v_padded = triton.next_power_of_2(k_dim), triton.next_power_of_2(v_dim)
     fast = not triton.knobs.runtime.interpret and query.dtype != torch.float32
-    k_codes, k_scales, k_table, k_asm, k_rotation = _parts(k, fast)
-    v_codes, v_scales, v_table, v_asm, v_rotation = _parts(v, fast)
-    pairs = all(_in_pairs(side.scales) for side in (k, v) if side.scales is not None)
-    if pairs:
-        k_scales, v_scales = k_scales.view(torch.int32), v_scales.view(torch.int32)
-
     rows_at_once = 16 if group * q_length > 8 else 8
     chunks = triton.cdiv(group * q_length, rows_at_once)
-    tiles = triton.cdiv(k.length, launch.warps * launch.tokens)
-    wanted = max(1, launch.waves * multiprocessors(query.device) // (batch * kv_heads * chunks) - 1)
-    split_tiles = triton.cdiv(tiles, min(wanted, tiles))
-    shares = 1 + triton.cdiv(tiles, split_tiles)
+
+    parts = list(zip(keys.packed, values.packed, strict=True))
+    launches = [launch or _launch(k, v, query.dtype, batch * kv_heads * k.length) for k, v in parts]
+    splits = []  # tiles a share and number of shares, of every part
+    for (k, _), chosen in zip(parts, launches, strict=True):
+        tiles = triton.cdiv(k.length, chosen.warps * chosen.tokens)
+        wanted = max(1, chosen.waves * multiprocessors(query.device) // (batch * kv_heads * chunks) - 1)
+        split_tiles = triton.cdiv(tiles, min(wanted, tiles))
+        splits.append((split_tiles, triton.cdiv(tiles, split_tiles)))
+    shares = 1 + sum(count for _, count in splits)
 
     code_dtype = torch.float32 if query.dtype == torch.float32 else torch.float16
     coefficient, offset = query.new_empty(2, rows, dtype=torch.float32)
@@ -103,34 +99,42 @@ def attention(
     lse = query.new_empty(rows, shares, dtype=torch.float32)
     result = torch.empty(batch, q_heads, q_length, v_dim, dtype=query.dtype, device=query.device)
 
-    if k.quantizer.bits < 16:
+    first = keys.packed[0]  # all parts of a side share mean and rotation
+    if first.quantizer.bits < 16:
         prepare[(rows, triton.cdiv(k_dim, 32))](
-            query, k_rotation, query if k.mean is None else k.mean.contiguous(), code, coefficient, offset,
-            group * q_length, D=k_dim, DP=k_padded, COLUMNS=32, MEAN=k.mean is not None, num_warps=4,
+            query, _rotation(first), query if first.mean is None else first.mean.contiguous(), code, coefficient,
+            offset, group * q_length, D=k_dim, DP=k_padded, COLUMNS=32, MEAN=first.mean is not None, num_warps=4,
         )  # fmt: skip
     mask_kind, mask, mask_strides = _mask(query, mask)
-    partials[(batch * kv_heads, shares, chunks)](
-        query, code, coefficient, offset,
-        keys.sinks.contiguous(), keys.recent.contiguous(), values.sinks.contiguous(), values.recent.contiguous(),
-        k_codes, k_scales, k_table, v_codes, v_scales, v_table,
-        mask, out, lse,
-        *k_codes.stride()[:2], *k_scales.stride()[:2], *v_codes.stride()[:2], *v_scales.stride()[:2],
-        *mask_strides,
-        keys.sinks.shape[2], k.length, keys.recent.shape[2], keys.sinks.shape[2], keys.shape[2], split_tiles,
-        0, shares,
-        scaling if softcap is not None else scaling * 1.4426950408889634, softcap or 0.0,
-        KV_HEADS=kv_heads, GROUP=group, Q_LENGTH=q_length, ROWS=rows_at_once,
-        KD=k_dim, KDP=k_padded, VD=v_dim, VDP=v_padded,
-        K_BITS=k.quantizer.bits, V_BITS=v.quantizer.bits,
-        K_ASM=k_asm, V_ASM=v_asm, MEAN=k.mean is not None, PAIRS=pairs, PLAIN=True, MASK=mask_kind,
-        CAUSAL=causal, SOFTCAP=softcap is not None,
-        W=launch.warps, BN=launch.tokens, STAGES=launch.stages, num_warps=launch.warps,
-    )  # fmt: skip
+    unpacked = [x.contiguous() for x in (keys.sinks, keys.recent, values.sinks, values.recent)]
+    position, share = keys.sinks.shape[2], 0
+    for (k, v), chosen, (split_tiles, count) in zip(parts, launches, splits, strict=True):
+        k_codes, k_scales, k_unit, k_table, k_layout, k_asm = _operands(k, fast)
+        v_codes, v_scales, v_unit, v_table, v_layout, v_asm = _operands(v, fast)
+        plain = share == 0
+        partials[(batch * kv_heads, count + plain, chunks)](
+            query, code, coefficient, offset, *unpacked,
+            k_codes, k_scales, k_unit, k_table, v_codes, v_scales, v_unit, v_table,
+            mask, out, lse,
+            *k_codes.stride()[:2], *k_scales.stride()[:2], *v_codes.stride()[:2], *v_scales.stride()[:2],
+            *mask_strides,
+            keys.sinks.shape[2], k.length, keys.recent.shape[2], position, keys.shape[2], split_tiles,
+            share, shares,
+            scaling if softcap is not None else scaling * 1.4426950408889634, softcap or 0.0,
+            KV_HEADS=kv_heads, GROUP=group, Q_LENGTH=q_length, ROWS=rows_at_once,
+            KD=k_dim, KDP=k_padded, VD=v_dim, VDP=v_padded,
+            K_BITS=k.quantizer.bits, V_BITS=v.quantizer.bits,
+            K_ASM=k_asm, V_ASM=v_asm, MEAN=k.mean is not None, K_SCALES=k_layout, V_SCALES=v_layout, PLAIN=plain,
+            MASK=mask_kind, CAUSAL=causal, SOFTCAP=softcap is not None,
+            W=chosen.warps, BN=chosen.tokens, STAGES=chosen.stages, num_warps=chosen.warps,
+        )  # fmt: skip
+        position, share = position + k.length, share + count + plain
     # With few queries, several programs share one; with many, none reads the shares twice.
     columns = 32 if rows < multiprocessors(query.device) else 2**14 // v_padded
+    rotated = values.packed[0]
     combine[(rows, triton.cdiv(v_dim, columns))](
-        out, lse, lse if sink_logits is None else sink_logits, v_rotation, result, shares, q_heads, q_length,
-        D=v_dim, DP=v_padded, SINK=sink_logits is not None, ROTATED=v.quantizer.bits < 16,
+        out, lse, lse if sink_logits is None else sink_logits, _rotation(rotated), result, shares, q_heads, q_length,
+        D=v_dim, DP=v_padded, SINK=sink_logits is not None, ROTATED=rotated.quantizer.bits < 16,
         SHARES=64, COLUMNS=min(columns, v_padded), num_warps=8,
     )  # fmt: skip
     return result
@@ -148,24 +152,34 @@ def _launch(k: PackedKV, v: PackedKV, dtype: torch.dtype, vectors: int) -> Launc
     return Launch(warps=4, waves=2) if vectors >= 2**17 else Launch(warps=2, stages=2, waves=4)
 
 
-def _parts(packed: PackedKV, fast: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str | None, torch.Tensor]:
-    """Codes, scales, table, assembly and rotation; the codes stand in for what the identity codec has not."""
+def _operands(
+    packed: PackedKV, fast: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, str, str | None]:
+    """Codes, scales, their units, table, layout of the scales, assembly; codes stand in for what there is not."""
     codes, quantizer = packed.codes, packed.quantizer
     if codes.stride(3) != 1 or codes.stride(2) != codes.shape[3]:
         codes = codes.contiguous()
     if packed.scales is None:
-        nothing = codes.new_empty(1, 1, 2, dtype=torch.float16)
-        return codes, nothing, codes, None, codes
+        return codes, codes.new_empty(1, 1, 2, dtype=torch.float16), codes, codes, "half", None
     scales = packed.scales if packed.scales.stride(2) == 1 else packed.scales.contiguous()
-    rotation, centroids = quantizer.constants(codes.device)[:2]
+    unit = codes if packed.scale_unit is None else packed.scale_unit.contiguous()
+    layout = "half" if packed.scale_unit is None else "byte"
+    if _in_words(scales):
+        scales, layout = scales.view(torch.int32), {"half": "halves", "byte": "bytes"}[layout]
     asm = assembly.decoder(quantizer.head_dim, quantizer.bits) if fast and quantizer.bits in assembly.BITS else None
-    return codes, scales, centroids, asm, rotation.contiguous()
+    return codes, scales, unit, quantizer.constants(codes.device)[1], layout, asm
 
 
-def _in_pairs(scales: torch.Tensor) -> bool:
-    """Whether two neighbouring scales can be read as one word everywhere."""
+def _rotation(packed: PackedKV) -> torch.Tensor:
+    """The rotation; codes stand in for that of the identity codec."""
+    constants = packed.quantizer.constants(packed.codes.device)
+    return constants[0].contiguous() if constants else packed.codes
+
+
+def _in_words(scales: torch.Tensor) -> bool:
+    """Whether neighbouring scales can be read as one word of 4 bytes everywhere."""
     sizes = (scales.storage_offset(), scales.shape[2], scales.stride(0), scales.stride(1))
-    return scales.stride(2) == 1 and not any(size % 2 for size in sizes)
+    return not any(size % (4 // scales.element_size()) for size in sizes)
 
 
 def _mask(query: torch.Tensor, mask: torch.Tensor | None) -> tuple[str, torch.Tensor, tuple[int, ...]]:

@@ -14,6 +14,7 @@ from turboquant_local.kernels.triton.tiles import (
     load_queries,
     load_scales,
     load_values,
+    scales_a_load,
     token_of,
     value_channels,
 )
@@ -117,16 +118,15 @@ def _sinks_and_recent(
 
 @triton.jit
 def _packed_tile(
-    k_codes, k_scales, k_table, v_codes, v_scales, v_table, mask,
+    k_codes, k_scales, k_unit, k_table, v_codes, v_scales, v_unit, v_table, mask,
     query, coefficient, constant, head, token, start, packed, position, kv_length, factor, softcap,
     stride_mh, stride_mq, stride_mk, m, total, acc,
     KD: tl.constexpr, KDP: tl.constexpr, VD: tl.constexpr, VDP: tl.constexpr, Q_LENGTH: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_ASM: tl.constexpr, V_ASM: tl.constexpr, MEAN: tl.constexpr,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, PAIRS: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, K_SCALES: tl.constexpr, V_SCALES: tl.constexpr,
     W: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """One tile of packed tokens, of which `FULL` says that none lies behind the last."""
-    PER_SCALE: tl.constexpr = 2 if PAIRS else 1
     left = packed - start
     local = token_of(tl.arange(0, W)[:, None], tl.arange(0, BN)[None, :], W)
     in_range = local < left
@@ -134,7 +134,7 @@ def _packed_tile(
         k = load_plain(k_codes + (start.to(tl.int64) + local) * KD, in_range, KD, KDP, FULL)
         s = tl.dot(k, query, input_precision="ieee") * factor
     else:
-        k_scale = load_scales(k_scales + start // PER_SCALE, left, W, BN, PAIRS, FULL)
+        k_scale = load_scales(k_scales + start // scales_a_load(K_SCALES), k_unit, left, W, BN, K_SCALES, FULL)
         k_at = k_codes + start.to(tl.int64) * (KD * K_BITS // 8)
         k = load_keys(k_at, k_table, left, KD, K_BITS, KDP // slots(K_BITS), W, BN, DTYPE, K_ASM, FULL)
         s = tl.dot(k, query, input_precision="ieee") * k_scale[:, :, None] * coefficient[None, None, :]
@@ -151,7 +151,7 @@ def _packed_tile(
         v = load_plain(v_codes + (start.to(tl.int64) + local) * VD, in_range, VD, VDP, FULL)
         v = tl.permute(v, [0, 2, 1])
     else:
-        scale = load_scales(v_scales + start // PER_SCALE, left, W, BN, PAIRS, FULL)
+        scale = load_scales(v_scales + start // scales_a_load(V_SCALES), v_unit, left, W, BN, V_SCALES, FULL)
         p, m, total, acc = _softmax(s, scale, m, total, acc)
         v_at = v_codes + start.to(tl.int64) * (VD * V_BITS // 8)
         v = load_values(v_at, v_table, left, VD, V_BITS, VDP // slots(V_BITS), W, BN, DTYPE, V_ASM, FULL)
@@ -168,7 +168,7 @@ _RUN_TIME = ["sinks", "packed", "recent", "position", "kv_length", "split_tiles"
 def partials(
     q, q_code, q_coefficient, q_offset,
     k_sinks, k_recent, v_sinks, v_recent,
-    k_codes, k_scales, k_table, v_codes, v_scales, v_table,
+    k_codes, k_scales, k_units, k_table, v_codes, v_scales, v_units, v_table,
     mask, out, lse,
     k_stride_b, k_stride_h, ks_stride_b, ks_stride_h, v_stride_b, v_stride_h, vs_stride_b, vs_stride_h,
     mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
@@ -176,8 +176,8 @@ def partials(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, Q_LENGTH: tl.constexpr, ROWS: tl.constexpr,
     KD: tl.constexpr, KDP: tl.constexpr, VD: tl.constexpr, VDP: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_ASM: tl.constexpr, V_ASM: tl.constexpr, MEAN: tl.constexpr,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, PAIRS: tl.constexpr, PLAIN: tl.constexpr,
-    W: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, PLAIN: tl.constexpr,
+    K_SCALES: tl.constexpr, V_SCALES: tl.constexpr, W: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attend to one share of one KV head's tokens, for up to ROWS of its queries.
 
@@ -225,24 +225,26 @@ def partials(
             coefficient = tl.load(q_coefficient + row) * factor
         if MEAN:
             constant = tl.load(q_offset + row) * factor
+        k_unit = tl.log2(tl.load(k_units + pair)) if K_SCALES == "byte" or K_SCALES == "bytes" else 0.0
+        v_unit = tl.log2(tl.load(v_units + pair)) if V_SCALES == "byte" or V_SCALES == "bytes" else 0.0
         first = stretch * split_tiles * (W * BN)
         end = tl.minimum(first + split_tiles * (W * BN), packed)
         whole = (end - first) // (W * BN) * (W * BN)
         for step in tl.range(0, whole, W * BN, num_stages=STAGES):
             m, total, acc = _packed_tile(
-                k_codes, k_scales, k_table, v_codes, v_scales, v_table, mask,
+                k_codes, k_scales, k_unit, k_table, v_codes, v_scales, v_unit, v_table, mask,
                 query, coefficient, constant, head, token, first + step, packed, position, kv_length, factor, softcap,
                 mask_stride_h, mask_stride_q, mask_stride_k, m, total, acc,
                 KD, KDP, VD, VDP, Q_LENGTH, K_BITS, V_BITS, K_ASM, V_ASM, MEAN,
-                MASK, CAUSAL, SOFTCAP, PAIRS, W, BN, dtype, True,
+                MASK, CAUSAL, SOFTCAP, K_SCALES, V_SCALES, W, BN, dtype, True,
             )  # fmt: skip
         for step in tl.range(whole, end - first, W * BN, num_stages=1):
             m, total, acc = _packed_tile(
-                k_codes, k_scales, k_table, v_codes, v_scales, v_table, mask,
+                k_codes, k_scales, k_unit, k_table, v_codes, v_scales, v_unit, v_table, mask,
                 query, coefficient, constant, head, token, first + step, packed, position, kv_length, factor, softcap,
                 mask_stride_h, mask_stride_q, mask_stride_k, m, total, acc,
                 KD, KDP, VD, VDP, Q_LENGTH, K_BITS, V_BITS, K_ASM, V_ASM, MEAN,
-                MASK, CAUSAL, SOFTCAP, PAIRS, W, BN, dtype, False,
+                MASK, CAUSAL, SOFTCAP, K_SCALES, V_SCALES, W, BN, dtype, False,
             )  # fmt: skip
         channels = tl.arange(0, VDP) if V_BITS == 16 else value_channels(VD, V_BITS, VDP // slots(V_BITS))
         _finish(m, total, acc, channels, out, lse, at, valid, VD)

@@ -8,20 +8,21 @@ from functools import lru_cache
 import torch
 import triton
 
-from turboquant_local.codec.quantizer import SCALE_DTYPE, MSEQuantizer, Quantizer
 from turboquant_local.codec.packing import packed_size
-from turboquant_local.kernels.layout import PackedKV
+from turboquant_local.codec.quantizer import MSEQuantizer, Quantizer
+from turboquant_local.codec.statistics import HeadStatistics
+from turboquant_local.kernels.layout import PackedKV, store_scales
 from turboquant_local.kernels.triton.devices import multiprocessors, unserved
 from turboquant_local.kernels.triton.quantize_kernel import quantize_tiles
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_OPTIONS = {"head_dim", "bits", "rotation", "scale", "seed"}
+_OPTIONS = {"head_dim", "bits", "rotation", "scale", "seed", "scale_bits"}
 _SCALES = ("norm", "unbiased", "least_error")
 _UNIT = 2.0**-6
 """The rotation is held in multiples of it, so that the smaller of its two float16 terms keeps its bits."""
 
 
-def refusal(x: torch.Tensor, quantizer: Quantizer) -> str | None:
+def refusal(x: torch.Tensor, quantizer: Quantizer, statistics: HeadStatistics) -> str | None:
     """Why this call is not served, or None."""
     reason = unserved(x.device)
     if reason is not None:
@@ -31,6 +32,8 @@ def refusal(x: torch.Tensor, quantizer: Quantizer) -> str | None:
     unknown = [f.name for f in fields(quantizer) if f.name not in _OPTIONS and getattr(quantizer, f.name)]
     if unknown or quantizer.scale not in _SCALES:
         return f"{', '.join(unknown) or 'scale=' + quantizer.scale}: it does not know this option of the quantizer"
+    if statistics.weights is not None:
+        return "weights of channels are given: it rounds every coordinate by itself"
     if not 32 <= quantizer.head_dim <= 256:
         return f"head_dim={quantizer.head_dim}: it serves 32 to 256"
     if x.dtype not in DTYPES:
@@ -40,26 +43,27 @@ def refusal(x: torch.Tensor, quantizer: Quantizer) -> str | None:
     return None
 
 
-def quantize_kv(x: torch.Tensor, quantizer: Quantizer, mean: torch.Tensor | None) -> PackedKV:
+def quantize_kv(x: torch.Tensor, quantizer: Quantizer, statistics: HeadStatistics) -> PackedKV:
     """See `kernels.api.quantize_kv`; `refusal` says what is served."""
     assert isinstance(quantizer, MSEQuantizer)
     batch, heads, tokens, head_dim = x.shape
+    mean, unit = statistics.mean, statistics.scale_unit if quantizer.scale_bits == 8 else None
     x = x if x.stride(3) == 1 else x.contiguous()
     codes = torch.empty(batch, heads, tokens, packed_size(head_dim, quantizer.bits), dtype=torch.uint8, device=x.device)
-    scales = torch.empty(batch, heads, tokens, dtype=SCALE_DTYPE, device=x.device)
+    scales = torch.empty(batch, heads, tokens, dtype=torch.float32, device=x.device)
     _, centroids, boundaries = quantizer.constants(x.device)[:3]
     padded = triton.next_power_of_2(head_dim)
     tile = 64
     tiles = batch * heads * triton.cdiv(tokens, tile)
     if not tiles:
-        return PackedKV(quantizer, codes, scales, mean)
+        return PackedKV(quantizer, codes, store_scales(scales, unit), unit, mean)
     quantize_tiles[(min(tiles, 4 * multiprocessors(x.device)),)](
         x, x if mean is None else mean.contiguous(), _terms(quantizer, x.device), boundaries, centroids, codes, scales,
         batch * heads, tokens, heads, *x.stride()[:3], _UNIT,
         D=head_dim, DP=padded, BITS=quantizer.bits, SCALE=quantizer.scale, MEAN=mean is not None,
         SPLIT=mean is not None or x.dtype == torch.float32, BT=tile, num_warps=8 if padded > 128 else 4,
     )  # fmt: skip
-    return PackedKV(quantizer, codes, scales, mean)
+    return PackedKV(quantizer, codes, store_scales(scales, unit), unit, mean)
 
 
 @lru_cache(maxsize=64)

@@ -112,7 +112,7 @@ def quantize_tiles(
         boundaries: `[2**BITS - 1]` float32.
         centroids: `[2**BITS]` float32.
         codes: Out, `[pairs, tokens, D * BITS / 8]` uint8.
-        scales: Out, `[pairs, tokens]` float16.
+        scales: Out, `[pairs, tokens]` float32.
         pairs: Batch times heads.
         tokens: Vectors of a pair.
         heads: Heads.
@@ -162,4 +162,4 @@ def quantize_tiles(
             scale = scale * tl.sum(y * level, 1) / tl.sum(level * level, 1)
         row = pair.to(tl.int64) * tokens + token.to(tl.int64)
         _store_codes(codes, row, code, shown, BITS, D, DP, BT)
-        tl.store(scales + row, tl.minimum(scale, 65504.0)[:, None].to(tl.float16), mask=shown)
+        tl.store(scales + row, scale[:, None], mask=shown)

@@ -9,7 +9,10 @@ lie for the tensor core, so that decoded codes need not move.
 import triton
 import triton.language as tl
 
+from turboquant_local.kernels.layout import STEPS_PER_OCTAVE, UNIT_CODE
 from turboquant_local.kernels.triton.codes import levels, slots
+
+_STEPS, _UNIT_CODE = tl.constexpr(STEPS_PER_OCTAVE), tl.constexpr(UNIT_CODE)
 
 
 @triton.jit
@@ -52,14 +55,17 @@ def _load_elements(at, token, element, left, REAL: tl.constexpr, C: tl.constexpr
 
 @triton.jit
 def _load(codes, token, element, left, D: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr, FULL: tl.constexpr):
-    """Packed elements of some tokens; of 3 bits the three planes."""
+    """Packed elements of some tokens; of 3 bits the three planes, of 6 bits the two."""
     REAL: tl.constexpr = D // slots(BITS)
     at = codes + token * (D * BITS // 8)
-    if BITS == 4:
-        at = at.to(tl.pointer_type(tl.uint16), bitcast=True)
-    x = _load_elements(at, token, element, left, REAL, C, FULL)
+    first = at
+    if BITS == 4 or BITS == 6:
+        first = at.to(tl.pointer_type(tl.uint16), bitcast=True)
+    x = _load_elements(first, token, element, left, REAL, C, FULL)
     y = x
     z = x
+    if BITS == 6:
+        y = _load_elements(at + D // 2, token, element, left, REAL, C, FULL)
     if BITS == 3:
         y = _load_elements(at + REAL, token, element, left, REAL, C, FULL)
         z = _load_elements(at + 2 * REAL, token, element, left, REAL, C, FULL)
@@ -114,38 +120,58 @@ def load_values(
     return tl.reshape(tl.permute(x, [1, 6, 5, 4, 0, 3, 2]), [W, C * slots(BITS), BN])
 
 
+@triton.constexpr_function
+def scales_a_load(layout: str) -> int:
+    """Scales that one load of `load_scales` takes."""
+    return {"half": 1, "halves": 2, "byte": 1, "bytes": 4}[layout]
+
+
 @triton.jit
-def load_scales(scales, left, W: tl.constexpr, BN: tl.constexpr, PAIRS: tl.constexpr, FULL: tl.constexpr):
+def _from_byte(x, unit):
+    """An 8-bit scale (see `kernels.layout`), for a unit given as its logarithm."""
+    return tl.where(x == 0, 0.0, tl.exp2((x.to(tl.float32) - _UNIT_CODE) * (1 / _STEPS) + unit))
+
+
+@triton.jit
+def load_scales(scales, unit, left, W: tl.constexpr, BN: tl.constexpr, LAYOUT: tl.constexpr, FULL: tl.constexpr):
     """Scales of a tile's tokens in float32, `[W, BN]`; 0 from token `left` on.
 
     Args:
-        scales: Pointer to the tile's first scale; with PAIRS an int32 pointer to two at a time. Only loads of 4 bytes
-            or more can run ahead of their use.
+        scales: Pointer to the tile's first scale: float16 ("half") or uint8 ("byte"), or int32 where two ("halves")
+            or four ("bytes") are read at a time. Only loads of 4 bytes or more can run ahead of their use.
+        unit: Logarithm (base 2) of the unit of 8-bit scales.
         left: Tokens from there on.
         W: Warps.
         BN: Tokens a warp.
-        PAIRS: Whether two are read at a time.
+        LAYOUT: "half", "halves", "byte" or "bytes".
         FULL: Whether all tokens are left of `left`.
     """
     R: tl.constexpr = BN // 32
     r = tl.arange(0, R)[:, None, None, None]
     w = tl.arange(0, W)[None, :, None, None]
     p = tl.arange(0, 8)[None, None, :, None]
-    if PAIRS:
+    if LAYOUT == "bytes":
+        at = (r * W + w) * 8 + p
+        word = tl.load(scales + at) if FULL else tl.load(scales + at, mask=at * 4 < left, other=0)
+        low = tl.join(word & 255, (word >> 16) & 255)
+        high = tl.join((word >> 8) & 255, (word >> 24) & 255)
+        x = _from_byte(tl.reshape(tl.join(low, high), [R, W, 8, 4]), unit)
+    elif LAYOUT == "halves":
         at = (r * W + w) * 16 + p * 2 + tl.arange(0, 2)[None, None, None, :]
         both = tl.load(scales + at) if FULL else tl.load(scales + at, mask=at * 2 < left, other=0)
         low = both.to(tl.int16).to(tl.float16, bitcast=True)
         high = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-        x = tl.reshape(tl.join(low, high), [R, W, 8, 4])
+        x = tl.reshape(tl.join(low, high), [R, W, 8, 4]).to(tl.float32)
     else:
         at = (r * W + w) * 32 + p * 4 + tl.arange(0, 4)[None, None, None, :]
-        x = tl.load(scales + at) if FULL else tl.load(scales + at, mask=at < left, other=0.0)
-    return tl.reshape(tl.permute(x, [1, 0, 3, 2]), [W, BN]).to(tl.float32)
+        x = tl.load(scales + at) if FULL else tl.load(scales + at, mask=at < left, other=0)
+        x = _from_byte(x, unit) if LAYOUT == "byte" else x.to(tl.float32)
+    return tl.reshape(tl.permute(x, [1, 0, 3, 2]), [W, BN])
 
 
 @triton.jit
 def load_plain(rows, shown, D: tl.constexpr, DP: tl.constexpr, FULL: tl.constexpr):
-    """Vectors kept in 16 or 32 bits, `[W, BN, DP]`, 0 where not `shown`; `rows` are pointers `[W, BN]`. FULL: all are."""
+    """Vectors kept in 16 or 32 bits, `[W, BN, DP]`, 0 where not `shown` (FULL: all are); `rows` point to them."""
     channel = tl.arange(0, DP)[None, None, :]
     if FULL and D == DP:
         x = tl.load(rows[:, :, None] + channel)

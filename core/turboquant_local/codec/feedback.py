@@ -1,0 +1,55 @@
+"""Codes chosen one coordinate after the other, each making up for the errors before it.
+
+Rounding every coordinate to its nearest level makes |x - x̂|^2 least. What attention feels is the error of q . x,
+whose expected square is (x - x̂)' H (x - x̂) with H the second moments of the queries. Where H is not a multiple of the
+identity, a coordinate can be rounded so that its error cancels part of the errors made before it. This is the rounding
+of GPTQ and LDLQ (arXiv 2210.17323, 2307.13304) applied to keys instead of weights. Storage and reading stay the same.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_PANEL = 16
+"""Coordinates between two matrix products; inside a panel errors are passed on one by one."""
+
+
+def feedback_codes(
+    y: torch.Tensor, centroids: torch.Tensor, boundaries: torch.Tensor, weights: torch.Tensor, rotation: torch.Tensor
+) -> torch.Tensor:
+    """Codes of unit vectors that make the weighted error small.
+
+    Args:
+        y: `[..., tokens, head_dim]` float32, rotated unit vectors.
+        centroids: `[2**bits]` float32.
+        boundaries: `[2**bits - 1]` float32.
+        weights: `[..., 1, head_dim]`, above 0: what an error counts in each channel before the rotation.
+        rotation: `[head_dim, head_dim]` float32, Π of `y = Π x`.
+
+    Returns:
+        `[..., tokens, head_dim]` int32.
+    """
+    factor = _error_factor(weights, rotation).mT
+    y = y.mT.contiguous()  # one coordinate of all tokens is then one stretch of memory
+    codes = torch.empty_like(y, dtype=torch.int32)
+    errors = torch.empty_like(y)
+    for start in range(0, y.shape[-2], _PANEL):
+        stop = min(start + _PANEL, y.shape[-2])
+        panel = y[..., start:stop, :] - factor[..., start:stop, :start] @ errors[..., :start, :]
+        for i in range(start, stop):
+            target = panel[..., i - start, :].contiguous()
+            code = torch.bucketize(target, boundaries, out_int32=True)
+            error = target - centroids.take(code.long())
+            codes[..., i, :], errors[..., i, :] = code, error
+            panel[..., i - start + 1 :, :] -= factor[..., i + 1 : stop, i, None] * error.unsqueeze(-2)
+    return codes.mT.contiguous()
+
+
+def _error_factor(weights: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """`[..., head_dim, head_dim]`: what coordinate i's error adds to the target of coordinate j > i, negated.
+
+    With H = Π diag(w) Π' and the upper Cholesky factor U of its inverse, this is U with rows divided by the diagonal.
+    """
+    inverse = (rotation / weights.float()) @ rotation.T
+    upper: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return upper / upper.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
