@@ -13,7 +13,7 @@ export HAYSTACK_TELEMETRY_ENABLED ?= False
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test lint bench bench-gpu clean
+.PHONY: help demo test lint bench bench-gpu quality clean
 
 help: ## Say what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -35,6 +35,9 @@ bench: $(STAMP) ## Measure memory and speed on this machine's CPU, into benchmar
 
 bench-gpu: $(STAMP) ## Time the GPU kernels against 16-bit attention, into benchmarks/results/
 	@$(BIN)/python benchmarks/decode_attention.py $(ARGS)
+
+quality: $(STAMP) ## Measure what every codec costs a model, into benchmarks/results/ (quick: make quality ARGS="--windows 3")
+	@$(BIN)/python benchmarks/quality.py $(ARGS)
 
 clean: ## Remove the environment, caches and build outputs
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -7,6 +7,7 @@ Each message names the argument, what was expected, what came and the way out.
     TurboQuantError
     ├── ConfigError (ValueError)             a setting that does not exist or does not fit
     ├── BackendError (RuntimeError)          an implementation was asked for that cannot run here
+    ├── EvaluationError (ValueError)         a measurement that these inputs do not allow
     ├── CacheError (RuntimeError)            a cache used with another model, or in a way it cannot serve
     ├── ModelError (RuntimeError)            a model that cannot be loaded or cannot chat
     │   ├── ModelLoadError                   missing or unreadable files
@@ -29,6 +30,10 @@ class ConfigError(TurboQuantError, ValueError):
 
 class BackendError(TurboQuantError, RuntimeError):
     """An implementation was asked for by name and cannot run here."""
+
+
+class EvaluationError(TurboQuantError, ValueError):
+    """A measurement that these inputs do not allow."""
 
 
 class CacheError(TurboQuantError, RuntimeError):
