@@ -1,29 +1,89 @@
-"""The codecs that can be measured, by name."""
+"""The codecs that can be measured, by name; shared by every command and benchmark."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from functools import partial
+from typing import Any, Final
 
 from turboquant_local.config import PRESETS, TurboQuantConfig
 from turboquant_local.errors import EvaluationError
 from turboquant_local.evaluation.codecs.base import KVCodec
+from turboquant_local.evaluation.codecs.fake_quantized import FakeQuantizedCodec, FakeQuantizer
+from turboquant_local.evaluation.codecs.fp8 import FP8
+from turboquant_local.evaluation.codecs.hadamard_int import HadamardInt
+from turboquant_local.evaluation.codecs.identity import Identity
+from turboquant_local.evaluation.codecs.kivi import KIVIKeys, KIVIValues
+from turboquant_local.evaluation.codecs.quantized_cache import TransformersQuantizedCache
+from turboquant_local.evaluation.codecs.tile_scaling import TileScaling
 from turboquant_local.evaluation.codecs.turboquant import TurboQuantCodec
 
 
+def _both(name: str, make: Callable[[], FakeQuantizer], **fields: int) -> FakeQuantizedCodec:
+    return FakeQuantizedCodec(name, make(), make(), **fields)
+
+
+def _kivi(name: str, bits: int, group: int = 64, **fields: int) -> FakeQuantizedCodec:
+    return FakeQuantizedCodec(name, KIVIKeys(bits, group), KIVIValues(bits, group), **fields)
+
+
+def _plain(name: str, bits: int, **fields: Any) -> TurboQuantCodec:
+    """The paper's Algorithm 1 behind the sinks and the window that every codec here has."""
+    ours = TurboQuantConfig()
+    window = {"sink_length": ours.sink_length, "residual_length": ours.residual_length}
+    return TurboQuantCodec(
+        name, TurboQuantConfig(preset="paper", **{"k_bits": bits, "v_bits": bits, **window, **fields})
+    )
+
+
+def _preset(name: str, preset: str, **fields: Any) -> TurboQuantCodec:
+    return TurboQuantCodec(name, TurboQuantConfig.parse(preset, **fields))
+
+
+CODECS: Final[Mapping[str, Callable[..., KVCodec]]] = {
+    # Ours: the presets as they are; any field can be overridden.
+    **{preset: partial(_preset, preset=preset) for preset in PRESETS},
+    # Others, behind the same sinks and the same window.
+    "fake-identity": lambda name, **fields: _both(name, Identity, **fields),
+    "fp8": lambda name, **fields: _both(name, FP8, **fields),
+    **{
+        f"{family}-{bits}": partial(make, bits=bits)
+        for bits in (4, 3, 2)
+        for family, make in (
+            ("plain-turboquant", _plain),
+            ("hadamard-int", lambda name, bits, **fields: _both(name, partial(HadamardInt, bits), **fields)),
+            ("kivi", _kivi),
+            ("tile-scaling", lambda name, bits, **fields: _both(name, partial(TileScaling, bits), **fields)),
+        )
+    },
+    # transformers' own, with its own window and without sinks; they need a package.
+    "quanto-4": partial(TransformersQuantizedCache, backend="quanto", bits=4),
+    "quanto-2": partial(TransformersQuantizedCache, backend="quanto", bits=2),
+    "hqq-4": partial(TransformersQuantizedCache, backend="hqq", bits=4),
+}
+"""Makers of codecs: each takes the name to show and the fields to override."""
+
+
 def find_codec(text: str) -> KVCodec:
-    """The codec that a text names: a preset, with fields that override it if there are any.
+    """The codec that a text names, with fields that override its own if there are any.
 
     Args:
-        text: Such as "balanced" or "balanced:k_bits=3,v_bits=2".
+        text: Such as "balanced", "balanced:k_bits=3,v_bits=2" or "kivi-2:group=32".
 
     Raises:
-        EvaluationError: No such codec, or a field that is not written name=value.
-        ConfigError: An unknown field, or a value outside its range.
+        EvaluationError: No such codec or field, or a field that is not written name=value.
+        ConfigError: A field of `TurboQuantConfig` with a value outside its range.
     """
     name, _, fields = text.partition(":")
-    if name not in PRESETS:
-        raise EvaluationError(f"codec={name!r}: expected one of {', '.join(PRESETS)}")
-    return TurboQuantCodec(text, TurboQuantConfig.parse(name, **_fields(text, fields)))
+    if name not in CODECS:
+        match = get_close_matches(name, CODECS, n=1)
+        hint = f" (did you mean {match[0]!r}?)" if match else ""
+        raise EvaluationError(f"codec={name!r}: expected one of {', '.join(CODECS)}{hint}")
+    try:
+        return CODECS[name](text, **_fields(text, fields))
+    except TypeError as error:  # from the maker's signature
+        raise EvaluationError(f"codec={text!r}: {name} has no such field ({error})") from error
 
 
 def _fields(text: str, fields: str) -> dict[str, Any]:
