@@ -26,7 +26,7 @@ def test_one_version() -> None:
 
 def test_extras() -> None:
     extras = PROJECT["optional-dependencies"]
-    assert set(extras) == {"haystack", "langchain", "server", "vllm", "all", "dev"}
+    assert set(extras) == {"cli", "haystack", "langchain", "plot", "server", "vllm", "all", "dev"}
     everything = re.search(r"\[(.*)\]", extras["all"][0])
     assert everything is not None
     assert set(everything[1].split(",")) == set(extras) - {"all", "dev"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 
 from turboquant_local.config import TurboQuantConfig
 from turboquant_local.errors import EvaluationError
+from turboquant_local.evaluation.attention_switch import own_attention
 from turboquant_local.evaluation.codecs.base import KVCodec, decoding_chunks
 from turboquant_local.evaluation.codecs.turboquant import TurboQuantCodec
 from turboquant_local.evaluation.intervals import mean_interval
@@ -126,18 +126,6 @@ def _chunk_logits(model: Any, ids: torch.Tensor, codec: KVCodec, context: int, c
             logits = model(ids[:, start:stop], past_key_values=cache, logits_to_keep=max(scored, 1)).logits
             if scored > 0:
                 yield logits
-
-
-@contextmanager
-def own_attention(model: Any) -> Iterator[None]:
-    """Give the model its attention back after a cache has set another."""
-    configs = {id(config): config for config in (model.config, model.config.get_text_config(decoder=True))}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    try:
-        yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
 
 
 @dataclass

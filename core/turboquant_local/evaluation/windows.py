@@ -46,7 +46,7 @@ def cut_windows(
         tokenizer: A transformers tokenizer.
         text: The text.
         length: Tokens of a window.
-        stride: Tokens from the start of one window to the next; `length` if None, so that windows do not overlap.
+        stride: Tokens from the start of one window to the next; None: they do not overlap.
         limit: Most windows.
 
     Returns:
@@ -62,7 +62,7 @@ def cut_windows(
         raise EvaluationError(
             f"text: it has {len(ids)} tokens, one window takes {body}; give a longer text or a smaller window length"
         )
-    windows = ids.unfold(0, body, stride or length)[:limit]
+    windows = ids.unfold(0, body, stride or body)[:limit]
     return torch.cat([windows.new_tensor(prefix).expand(len(windows), -1), windows], dim=1)
 
 

@@ -1,0 +1,20 @@
+"""Entry point of `turboquant-local`."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line, or say how to install what it needs."""
+    try:
+        from turboquant_local.cli.app import app
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        sys.exit(f"turboquant-local: {error.name} is not installed; pip install 'turboquant-local[cli]'")
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Many codecs on the same tokens, each with its bytes."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from turboquant_local.evaluation.codecs.base import KVCodec
+from turboquant_local.evaluation.codecs.quantized_cache import TransformersQuantizedCache
+from turboquant_local.evaluation.fidelity import CHUNK, UNCOMPRESSED, Fidelity, measure_fidelity
+from turboquant_local.evaluation.windows import CONTEXT
+
+TOKENS: Final = 4096
+"""Length of the sequence whose bytes are compared."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a codec stores for one sequence of a 16-bit model.
+
+    Attributes:
+        bits_per_coordinate: Bits of every further token a coordinate: codes, scales, and layers left uncompressed.
+        stored_bytes: All bytes at `TOKENS` tokens: also sinks, recent window and constants.
+        compression: Bytes of transformers' own cache over `stored_bytes`.
+    """
+
+    bits_per_coordinate: float
+    stored_bytes: int
+    compression: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One codec among others.
+
+    Attributes:
+        codec: Its name.
+        size: What it stores.
+        fidelity: What it loses; None where it could not run.
+        skipped: Why it could not run.
+    """
+
+    codec: str
+    size: Size
+    fidelity: Fidelity | None
+    skipped: str | None = None
+
+
+def size(codec: KVCodec, model_config: Any) -> Size:
+    """The bytes of a codec for a model.
+
+    Raises:
+        ConfigError: The model has recurrent states or layers whose size does not follow from its config.
+        EvaluationError: The model's layers differ in shape.
+    """
+    stored, plain = (which.stored_bytes(model_config, TOKENS) for which in (codec, UNCOMPRESSED))
+    # Twice the length, so that what grew is whole blocks.
+    grown, plain_grown = (which.stored_bytes(model_config, 2 * TOKENS) for which in (codec, UNCOMPRESSED))
+    return Size(16 * (grown - stored) / (plain_grown - plain), stored, plain / stored)
+
+
+def compare(
+    model: Any,
+    windows: torch.Tensor,
+    codecs: Sequence[KVCodec],
+    *,
+    context: int = CONTEXT,
+    chunk: int = CHUNK,
+    batch_size: int = 1,
+    on_progress: Callable[[str], None] | None = None,
+) -> list[Comparison]:
+    """Measure codecs on the same windows; see `measure_fidelity` for the arguments.
+
+    A codec whose package is not installed gives a row that says so.
+    """
+    sizes = {codec.name: size(codec, model.config) for codec in codecs}
+    missing = {codec.name: codec.missing() for codec in codecs if isinstance(codec, TransformersQuantizedCache)}
+    present = [codec for codec in codecs if missing.get(codec.name) is None]
+    found = measure_fidelity(
+        model, windows, present, context=context, chunk=chunk, batch_size=batch_size, on_progress=on_progress
+    )
+    fidelity = {result.codec: result for result in found}
+    return [
+        Comparison(codec.name, sizes[codec.name], fidelity.get(codec.name), missing.get(codec.name)) for codec in codecs
+    ]
+
+
+def write_csv(path: Path, rows: Sequence[Comparison], conditions: dict[str, str]) -> None:
+    """One line a codec: the conditions, its size, its figures.
+
+    Args:
+        path: The file; its folder is made.
+        rows: The codecs.
+        conditions: What the figures depend on; see `environment`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        figures = [field.name for field in dataclasses.fields(Fidelity) if field.name not in ("codec", _INTERVAL)]
+        sizes = [field.name for field in dataclasses.fields(Size)]
+        writer.writerow([*conditions, "codec", *sizes, *figures, "perplexity_low", "perplexity_high", "skipped"])
+        for row in rows:
+            values: list[object] = [""] * (len(figures) + 2)
+            if row.fidelity is not None:
+                values = [getattr(row.fidelity, name) for name in figures]
+                values += row.fidelity.perplexity_interval or ("", "")
+            cells = [*dataclasses.astuple(row.size), *values, row.skipped or ""]
+            writer.writerow([*conditions.values(), row.codec, *(_cell(cell) for cell in cells)])
+
+
+_INTERVAL: Final = "perplexity_interval"
+
+
+def _cell(value: object) -> object:
+    return f"{value:.6g}" if isinstance(value, float) else value
