@@ -84,9 +84,9 @@ def test_window_start_is_where_the_far_tokens_end(length: int) -> None:
         assert exact == [i < 2 or i >= view.sinks.shape[2] + view.packed_length for i in range(length)]
 
 
-@pytest.mark.parametrize("kv_cache", ["balanced", "compact", "identity", "uncompressed", "paper"])
+@pytest.mark.parametrize("kv_cache", ["balanced", {"near_length": 64}, "identity", "uncompressed", "paper"], ids=str)
 @pytest.mark.parametrize("decoded", [0, 5, 40])
-def test_a_repeated_prompt_gives_the_same_logits_to_the_bit(kv_cache: str, decoded: int) -> None:
+def test_a_repeated_prompt_gives_the_same_logits_to_the_bit(kv_cache: object, decoded: int) -> None:
     """What the first run saw exactly must not be seen packed by the second."""
     model = tiny_model("llama")
     ids = random_tokens(1, 295)

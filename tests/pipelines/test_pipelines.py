@@ -109,7 +109,8 @@ def test_long_document_qa(load: Any, tmp_path: Path) -> None:
     assert first.meta["turboquant"]["compression_ratio"] > 2.5
     assert first.meta["turboquant"]["materialized"] == 0
     usage = second.meta["usage"]
-    assert usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"] < 200
+    computed = usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
+    assert computed < 350  # near codes and recent window, 256 to 319 tokens, and what is new
 
 
 def test_agent_with_tools(load: Any) -> None:

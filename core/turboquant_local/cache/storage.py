@@ -77,9 +77,10 @@ def settle(view: KVView, config: TurboQuantConfig, codec: SideCodec, among_first
     if among_first is not None:
         blocks = max(0, among_first - config.sink_length) // config.block_length
         target = min(target, blocks * config.block_length)
-    far_target = min(far_target, target)
-    count = target - view.packed_length
-    if count <= 0:
+    count = max(0, target - view.packed_length)
+    far_length = view.far.length if view.far else 0
+    leaving = min(far_target, target) - far_length
+    if not count and leaving <= 0:
         return replace(view, recent=_owned(view.recent))
     sinks, recent, statistics = view.sinks, view.recent, view.statistics
     if statistics is None:
@@ -88,12 +89,15 @@ def settle(view: KVView, config: TurboQuantConfig, codec: SideCodec, among_first
         statistics = codec.statistics(recent[:, :, : config.sample_length])
     far, near = view.far, view.near
     unweighted = replace(statistics, weights=None)  # near codes are fine enough to be rounded one by one
-    for piece in recent[:, :, :count].split(_PIECE, dim=2):
-        near = _join(near, api.quantize_kv(piece, codec.near, unweighted))
-        leaving = min(near.length, far_target - (far.length if far else 0))
-        if leaving > 0:
-            far = _join(far, api.requantize_kv(near.tokens(0, leaving), codec.far, statistics))
-            near = near.tokens(leaving, near.length) if leaving < near.length else None
+    for start in range(0, max(count, 1), _PIECE):
+        piece = recent[:, :, start : min(start + _PIECE, count)]
+        if piece.shape[2]:
+            near = _join(near, api.quantize_kv(piece, codec.near, unweighted))
+        moved = min(near.length, leaving) if near else 0
+        if near is not None and moved > 0:
+            far = _join(far, api.requantize_kv(near.tokens(0, moved), codec.far, statistics))
+            near = near.tokens(moved, near.length) if moved < near.length else None
+            leaving -= moved
     return KVView(sinks, _owned_packed(far), _owned_packed(near), _owned(recent[:, :, count:]), statistics)
 
 

@@ -31,7 +31,7 @@ TYPE = "haystack_integrations.components.generators.turboquant_local.chat.chat_g
     [
         ({"kv_cache": {"preset": "balancd"}}, ConfigError, "did you mean 'balanced'"),
         ({"kv_cache": "tiny"}, ConfigError, "expected one of balanced"),
-        ({"kv_cache": {"k_bits": 5}}, ConfigError, "k_bits=5: expected one of 1, 2, 3, 4, 8, 16"),
+        ({"kv_cache": {"k_bits": 5}}, ConfigError, "k_bits=5: expected one of 1, 2, 3, 4, 6, 8, 16"),
         ({"kv_cache": {"kbits": 4}}, ConfigError, "did you mean 'k_bits'"),
         ({"kv_cache": 4}, ConfigError, "expected a preset's name, a dict of fields"),
         ({"dtype": "int4"}, ConfigError, "dtype='int4': expected one of"),
