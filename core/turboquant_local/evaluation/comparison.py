@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -91,25 +93,58 @@ def compare(
     ]
 
 
-def write_csv(path: Path, rows: Sequence[Comparison], conditions: dict[str, str]) -> None:
+def loss_at(stored_bytes: int, points: Sequence[tuple[int, float]]) -> float | None:
+    """What a family of codecs loses at a given number of bytes: log-linear between its best members around it.
+
+    Members that another beats in bytes and in loss are left out. Above the largest, its loss holds; within 1 % below
+    the smallest, its own; below that there is none.
+
+    Args:
+        stored_bytes: The bytes.
+        points: Bytes and loss of the members, each above 0.
+    """
+    best: list[tuple[int, float]] = []
+    for point in sorted(points):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    if not best or stored_bytes < 0.99 * best[0][0]:
+        return None
+    for (low, loss_low), (high, loss_high) in pairwise(best):
+        if low <= stored_bytes < high:
+            share = math.log(stored_bytes / low) / math.log(high / low)
+            return math.exp((1 - share) * math.log(loss_low) + share * math.log(loss_high))
+    return best[0][1] if stored_bytes < best[0][0] else best[-1][1]
+
+
+def write_csv(
+    path: Path,
+    rows: Sequence[Comparison],
+    conditions: Mapping[str, str],
+    more: Mapping[str, Mapping[str, object]] | None = None,
+) -> None:
     """One line a codec: the conditions, its size, its figures.
 
     Args:
         path: The file; its folder is made.
         rows: The codecs.
         conditions: What the figures depend on; see `environment`.
+        more: Further columns: a value for each codec that has one.
     """
+    extra = more or {}
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         figures = [field.name for field in dataclasses.fields(Fidelity) if field.name not in ("codec", _INTERVAL)]
         sizes = [field.name for field in dataclasses.fields(Size)]
-        writer.writerow([*conditions, "codec", *sizes, *figures, "perplexity_low", "perplexity_high", "skipped"])
+        writer.writerow(
+            [*conditions, "codec", *sizes, *figures, "perplexity_low", "perplexity_high", *extra, "skipped"]
+        )
         for row in rows:
             values: list[object] = [""] * (len(figures) + 2)
             if row.fidelity is not None:
                 values = [getattr(row.fidelity, name) for name in figures]
                 values += row.fidelity.perplexity_interval or ("", "")
+            values += [column.get(row.codec, "") for column in extra.values()]
             cells = [*dataclasses.astuple(row.size), *values, row.skipped or ""]
             writer.writerow([*conditions.values(), row.codec, *(_cell(cell) for cell in cells)])
 

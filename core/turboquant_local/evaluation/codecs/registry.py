@@ -44,6 +44,7 @@ def _preset(name: str, preset: str, **fields: Any) -> TurboQuantCodec:
 CODECS: Final[Mapping[str, Callable[..., KVCodec]]] = {
     # Ours: the presets as they are; any field can be overridden.
     **{preset: partial(_preset, preset=preset) for preset in PRESETS},
+    **{f"ours-{bits}": partial(_preset, preset="balanced", k_bits=bits, v_bits=bits) for bits in (4, 3, 2)},
     # Others, behind the same sinks and the same window.
     "fake-identity": lambda name, **fields: _both(name, Identity, **fields),
     "fp8": lambda name, **fields: _both(name, FP8, **fields),
