@@ -34,7 +34,8 @@ bench: $(STAMP) ## Measure memory and speed on this machine's CPU, into benchmar
 	@$(BIN)/python benchmarks/bench.py $(ARGS)
 
 bench-gpu: $(STAMP) ## Time the GPU kernels against 16-bit attention, into benchmarks/results/
-	@$(BIN)/python benchmarks/decode_attention.py $(ARGS)
+	@$(BIN)/python benchmarks/decode_attention.py
+	@$(BIN)/python benchmarks/quantize.py
 
 quality: $(STAMP) ## Measure what every codec costs a model, into benchmarks/results/ (quick: make quality ARGS="--windows 3")
 	@$(BIN)/python benchmarks/quality.py $(ARGS)

@@ -14,6 +14,7 @@ from turboquant_local.kernels import api
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("_poisoned")
 
 
 def vectors(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

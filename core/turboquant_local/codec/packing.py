@@ -106,7 +106,8 @@ def _swap_signs(packed: torch.Tensor) -> torch.Tensor:
     """Exchange bits 3 and 15 of every 16 bits: the signs that lie in the other byte than their magnitude."""
     words = packed.view(torch.int16)
     differ = ((words >> 12) ^ words) & 8
-    return (words ^ differ ^ (differ << 12)).view(torch.uint8)
+    swapped: torch.Tensor = words ^ differ ^ (differ << 12)
+    return swapped.view(torch.uint8)
 
 
 def _pack_plane(part: torch.Tensor, width: int) -> torch.Tensor:
@@ -119,7 +120,7 @@ def _pack_plane(part: torch.Tensor, width: int) -> torch.Tensor:
 
 def _pack_three(codes: torch.Tensor) -> torch.Tensor:
     slots = codes.unflatten(-1, (-1, 8)).unbind(-1)
-    parts = [
+    parts: list[torch.Tensor] = [
         slots[2 * i] | (slots[2 * i + 1] << 4) | (((slots[6] >> i) & 1) << 3) | (((slots[7] >> i) & 1) << 7)
         for i in range(3)
     ]

@@ -135,7 +135,7 @@ def attention(
     combine[(rows, triton.cdiv(v_dim, columns))](
         out, lse, lse if sink_logits is None else sink_logits, _rotation(rotated), result, shares, q_heads, q_length,
         D=v_dim, DP=v_padded, SINK=sink_logits is not None, ROTATED=rotated.quantizer.bits < 16,
-        SHARES=64, COLUMNS=min(columns, v_padded), num_warps=8,
+        SHARES=min(max(triton.next_power_of_2(shares), 64), 256), COLUMNS=min(columns, v_padded), num_warps=8,
     )  # fmt: skip
     return result
 
@@ -149,7 +149,7 @@ def _launch(k: PackedKV, v: PackedKV, dtype: torch.dtype, vectors: int) -> Launc
         return Launch(warps=2, stages=2, waves=4)
     if vectors >= 2**19:
         return Launch(warps=1, waves=8 if vectors < 2**21 else 16)
-    return Launch(warps=4, waves=2) if vectors >= 2**17 else Launch(warps=2, stages=2, waves=4)
+    return Launch(warps=2, waves=2) if vectors >= 2**15 else Launch(warps=4, stages=2, waves=2)
 
 
 def _operands(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import torch
@@ -20,6 +20,21 @@ _OPTIONS = {"head_dim", "bits", "rotation", "scale", "seed", "scale_bits"}
 _SCALES = ("norm", "unbiased", "least_error")
 _UNIT = 2.0**-6
 """The rotation is held in multiples of it, so that the smaller of its two float16 terms keeps its bits."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the work is cut up.
+
+    Attributes:
+        tile: Vectors a program takes at once.
+        warps: Warps of a program.
+        programs: Programs for every multiprocessor, at most.
+    """
+
+    tile: int = 64
+    warps: int = 4
+    programs: int = 2
 
 
 def refusal(x: torch.Tensor, quantizer: Quantizer, statistics: HeadStatistics) -> str | None:
@@ -43,7 +58,9 @@ def refusal(x: torch.Tensor, quantizer: Quantizer, statistics: HeadStatistics) -
     return None
 
 
-def quantize_kv(x: torch.Tensor, quantizer: Quantizer, statistics: HeadStatistics) -> PackedKV:
+def quantize_kv(
+    x: torch.Tensor, quantizer: Quantizer, statistics: HeadStatistics, launch: Launch | None = None
+) -> PackedKV:
     """See `kernels.api.quantize_kv`; `refusal` says what is served."""
     assert isinstance(quantizer, MSEQuantizer)
     batch, heads, tokens, head_dim = x.shape
@@ -53,15 +70,16 @@ def quantize_kv(x: torch.Tensor, quantizer: Quantizer, statistics: HeadStatistic
     scales = torch.empty(batch, heads, tokens, dtype=torch.float32, device=x.device)
     _, centroids, boundaries = quantizer.constants(x.device)[:3]
     padded = triton.next_power_of_2(head_dim)
-    tile = 64
-    tiles = batch * heads * triton.cdiv(tokens, tile)
+    launch = launch or (Launch() if padded <= 128 else Launch(tile=32, warps=8))
+    tiles = batch * heads * triton.cdiv(tokens, launch.tile)
     if not tiles:
         return PackedKV(quantizer, codes, store_scales(scales, unit), unit, mean)
-    quantize_tiles[(min(tiles, 4 * multiprocessors(x.device)),)](
+    quantize_tiles[(min(tiles, launch.programs * multiprocessors(x.device)),)](
         x, x if mean is None else mean.contiguous(), _terms(quantizer, x.device), boundaries, centroids, codes, scales,
         batch * heads, tokens, heads, *x.stride()[:3], _UNIT,
         D=head_dim, DP=padded, BITS=quantizer.bits, SCALE=quantizer.scale, MEAN=mean is not None,
-        SPLIT=mean is not None or x.dtype == torch.float32, BT=tile, num_warps=8 if padded > 128 else 4,
+        SPLIT=mean is not None or x.dtype == torch.float32, BT=launch.tile,
+        num_warps=launch.warps,
     )  # fmt: skip
     return PackedKV(quantizer, codes, store_scales(scales, unit), unit, mean)
 
@@ -70,14 +88,14 @@ def quantize_kv(x: torch.Tensor, quantizer: Quantizer, statistics: HeadStatistic
 def _terms(quantizer: MSEQuantizer, device: torch.device) -> torch.Tensor:
     """The transposed rotation over `_UNIT` as a sum of two float16 matrices, `[2, padded, padded]`.
 
-    Every 128 columns (or all, if fewer) are in the order of `quantize_kernel._rotated`: column 8j + 2t + e of N is
-    coordinate tN/4 + 2j + e.
+    Columns, in blocks of 64 where there are 256, are in the order of `quantize_kernel._rotated`: column 8j + 2t + e of
+    N is coordinate tN/4 + 2j + e.
     """
     head_dim = quantizer.head_dim
     padded = triton.next_power_of_2(head_dim)
     matrix = torch.zeros(padded, padded)
     matrix[:head_dim, :head_dim] = quantizer.constants(torch.device("cpu"))[0].T / _UNIT
-    block = min(padded, 128)
+    block = padded if padded <= 128 else 64
     order = torch.arange(padded).view(-1, 4, block // 8, 2).transpose(1, 2).flatten()
     matrix = matrix[:, order]
     first = matrix.half()

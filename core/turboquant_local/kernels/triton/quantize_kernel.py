@@ -5,44 +5,58 @@ import triton.language as tl
 
 
 @triton.jit
-def _rotated(high, low, terms, DP: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, SPLIT: tl.constexpr):
-    """Coordinates FIRST to FIRST + BLOCK of the rotated tile, `[BT, BLOCK]`.
+def _columns(terms, TERM: tl.constexpr, FIRST: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns FIRST to FIRST + BLOCK of a term of the rotation, `[DP, BLOCK]`."""
+    k = tl.arange(0, DP)[:, None]
+    return tl.load(terms + TERM * DP * DP + k * DP + FIRST + tl.arange(0, BLOCK)[None, :])
+
+
+@triton.jit
+def _rotated(high, low, first, second, SPLIT: tl.constexpr):
+    """The rotated tile, `[BT, BLOCK]`.
 
     The product of two float16 sums: what it leaves out is below float32's rounding. The matrix gives its columns in the
     order in which the tensor core hands out its results, so that a thread gets neighbours; here they get their names.
     """
-    k = tl.arange(0, DP)[:, None]
-    n = FIRST + tl.arange(0, BLOCK)[None, :]
-    first = tl.load(terms + k * DP + n)
-    second = tl.load(terms + DP * DP + k * DP + n)
     y = tl.dot(high, first)
     y = tl.dot(high, second, acc=y)
     if SPLIT:
         y = tl.dot(low, first, acc=y)
-    y = tl.reshape(y, [high.shape[0], BLOCK // 8, 4, 2])
-    return tl.reshape(tl.permute(y, [0, 2, 1, 3]), [high.shape[0], BLOCK])
+    y = tl.reshape(y, [high.shape[0], first.shape[1] // 8, 4, 2])
+    return tl.reshape(tl.permute(y, [0, 2, 1, 3]), [high.shape[0], first.shape[1]])
+
+
+@triton.jit
+def _quarter(high, low, terms, FIRST: tl.constexpr, DP: tl.constexpr, SPLIT: tl.constexpr):
+    """64 of 256 coordinates of the rotated tile: as much of the matrix as fits shared memory everywhere."""
+    return _rotated(high, low, _columns(terms, 0, FIRST, DP, 64), _columns(terms, 1, FIRST, DP, 64), SPLIT)
 
 
 @triton.jit
 def _code(y, boundaries, centroids, BITS: tl.constexpr):
-    """Codes and centroids of unit coordinates."""
-    if BITS <= 4:  # the codebook is symmetric: count the boundaries below the magnitude
+    """Codes of unit coordinates (of 4 bits as magnitude + 8 * sign), and the magnitudes of their centroids.
+
+    The codebook is symmetric: a comparison with each boundary of a magnitude. The lowest bits of a float32 centroid
+    hold its number, so that one selection gives both.
+    """
+    if BITS <= 4:
         HALF: tl.constexpr = 2 ** (BITS - 1)
         size = tl.abs(y)
-        magnitude = tl.zeros(y.shape, tl.int32)
-        level = tl.zeros(y.shape, tl.float32) + tl.load(centroids + HALF)
+        level = tl.zeros(y.shape, tl.int32) + (tl.load(centroids + HALF).to(tl.int32, bitcast=True) & -8)
         for i in tl.static_range(1, HALF):
-            beyond = size > tl.load(boundaries + HALF - 1 + i)
-            magnitude += beyond.to(tl.int32)
-            level = tl.where(beyond, tl.load(centroids + HALF + i), level)
-        code = tl.where(y > 0, HALF + magnitude, HALF - 1 - magnitude)
-        level = tl.where(y > 0, level, -level)
+            numbered = (tl.load(centroids + HALF + i).to(tl.int32, bitcast=True) & -8) | i
+            level = tl.where(size > tl.load(boundaries + HALF - 1 + i), numbered, level)
+        if BITS == 4:
+            code = tl.where(y > 0, level & 7, (level & 7) | 8)
+        else:
+            code = ((level & 7) + HALF) ^ tl.where(y > 0, 0, 2 * HALF - 1)
+        level = level.to(tl.float32, bitcast=True)
     else:
         code = tl.zeros(y.shape, tl.int32)
         for step in tl.static_range(BITS):
             middle = code + 2 ** (BITS - 1 - step)
             code = tl.where(y > tl.load(boundaries + middle - 1), middle, code)
-        level = tl.load(centroids + code)
+        level = tl.abs(tl.load(centroids + code))
     return code, level
 
 
@@ -64,14 +78,12 @@ def _store_plane(at, part, shown, WIDTH: tl.constexpr, D: tl.constexpr, DP: tl.c
 
 @triton.jit
 def _store_codes(codes, row, code, shown, BITS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr):
-    """Pack a tile of codes in the bit order of `codec.packing`; `row` is `[BT, 1]`."""
+    """Pack a tile of codes as from `_code` in the bit order of `codec.packing`; `row` is `[BT, 1]`."""
     at = codes + row * (D * BITS // 8)
     channel = tl.arange(0, DP)[None, :]
     if BITS == 4:
         slot = channel % 4
-        negative = 1 - (code >> 3)
-        magnitude = (code & 7) ^ (7 * negative)
-        word = _joined((magnitude << (4 * slot)) | (negative << ((7 + 8 * slot) % 20)), 4, BT, DP)
+        word = _joined(((code & 7) << (4 * slot)) | ((code >> 3) << ((7 + 8 * slot) % 20)), 4, BT, DP)
         element = tl.arange(0, DP // 4)[None, :]
         at = at.to(tl.pointer_type(tl.uint16), bitcast=True)
         tl.store(at + element, word.to(tl.uint16), mask=shown & (element < D // 4))
@@ -96,7 +108,7 @@ def _store_codes(codes, row, code, shown, BITS: tl.constexpr, D: tl.constexpr, D
         _store_plane(at, code, shown, BITS, D, DP, BT)
 
 
-@triton.jit(do_not_specialize=["pairs", "tokens", "heads", "stride_b", "stride_h"])
+@triton.jit(do_not_specialize=["pairs", "tokens", "heads"])
 def quantize_tiles(
     x, mean, terms, boundaries, centroids, codes, scales,
     pairs, tokens, heads, stride_b, stride_h, stride_t, unit,
@@ -128,9 +140,12 @@ def quantize_tiles(
         SPLIT: Whether a centred vector needs more than float16's 11 bits.
         BT: Vectors of a tile.
     """
-    BLOCK: tl.constexpr = min(DP, 128)
+    BLOCK: tl.constexpr = DP if DP <= 128 else 64
     channel = tl.arange(0, DP)[None, :]
     per_pair = tl.cdiv(tokens, BT)
+    if DP == BLOCK:  # small enough to stay in shared memory
+        first = _columns(terms, 0, 0, DP, BLOCK)
+        second = _columns(terms, 1, 0, DP, BLOCK)
     for tile in tl.range(tl.program_id(0), pairs * per_pair, tl.num_programs(0), num_stages=1):
         pair = tile // per_pair
         token = tile % per_pair * BT + tl.arange(0, BT)[:, None]
@@ -139,17 +154,22 @@ def quantize_tiles(
         v = tl.load(source + token.to(tl.int64) * stride_t + channel, mask=shown & (channel < D), other=0.0)
         v = v.to(tl.float32)
         if MEAN:
-            v -= tl.load(mean + pair * D + channel, mask=channel < D, other=0.0).to(tl.float32)
+            k = tl.arange(0, DP)
+            v -= tl.load(mean + pair * D + k, mask=k < D, other=0.0).to(tl.float32)[None, :]
         # A power of two brings every vector into float16's range; its exponent is that of the largest coordinate.
         top = tl.max(tl.abs(v), 1).to(tl.int32, bitcast=True) >> 23
         exponent = tl.minimum(tl.maximum(top, 1), 253)
         v *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
         high = v.to(tl.float16)
         low = (v - high.to(tl.float32)).to(tl.float16)
-        y = _rotated(high, low, terms, DP, BLOCK, 0, SPLIT)
-        if DP > BLOCK:
-            other = _rotated(high, low, terms, DP, BLOCK, BLOCK, SPLIT)
-            y = tl.reshape(tl.permute(tl.join(y, other), [0, 2, 1]), [BT, DP])
+        if DP == BLOCK:
+            y = _rotated(high, low, first, second, SPLIT)
+        else:
+            y = tl.join(
+                tl.join(_quarter(high, low, terms, 0, DP, SPLIT), _quarter(high, low, terms, 64, DP, SPLIT)),
+                tl.join(_quarter(high, low, terms, 128, DP, SPLIT), _quarter(high, low, terms, 192, DP, SPLIT)),
+            )
+            y = tl.reshape(tl.permute(y, [0, 3, 2, 1]), [BT, DP])
         norm = tl.sqrt(tl.sum(y * y, 1))
         y *= (1.0 / tl.maximum(norm, 1e-30))[:, None]
         code, level = _code(y, boundaries, centroids, BITS)
@@ -157,9 +177,9 @@ def quantize_tiles(
             level = tl.where(channel < D, level, 0.0)
         scale = norm * unit * (exponent << 23).to(tl.float32, bitcast=True)
         if SCALE == "unbiased":
-            scale /= tl.where(norm > 0, tl.sum(y * level, 1), 1.0)
+            scale /= tl.where(norm > 0, tl.sum(tl.abs(y) * level, 1), 1.0)
         elif SCALE == "least_error":
-            scale = scale * tl.sum(y * level, 1) / tl.sum(level * level, 1)
+            scale = scale * tl.sum(tl.abs(y) * level, 1) / tl.sum(level * level, 1)
         row = pair.to(tl.int64) * tokens + token.to(tl.int64)
         _store_codes(codes, row, code, shown, BITS, D, DP, BT)
         tl.store(scales + row, scale[:, None], mask=shown)

@@ -1,0 +1,72 @@
+"""What the GPU benchmarks share: timing by CUDA graphs, the machine's name, rows."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import triton
+
+BUFFER_BYTES = 400e6
+REPEATS = 40
+
+Call = Callable[[], object]
+
+
+def machine() -> dict[str, str]:
+    """Date, GPU and versions, for every row.
+
+    Raises:
+        SystemExit: There is no CUDA device.
+    """
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs a CUDA device; there is none here")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+
+
+def graph_times(calls: Sequence[Call]) -> list[float]:
+    """Microseconds a call, of repeated replays of all calls as one CUDA graph; sorted."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(REPEATS + 3):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3 / len(calls))
+    return sorted(times[3:])
+
+
+def spread(times: Sequence[float]) -> tuple[float, float, float]:
+    """The 20th, 50th and 80th percentile of sorted times."""
+    low, median, high = (times[int(len(times) * share)] for share in (0.2, 0.5, 0.8))
+    return low, median, high
+
+
+def buffers(size: float) -> int:
+    """Copies of an input of `size` bytes that together exceed the L2 cache."""
+    return max(2, min(24, int(BUFFER_BYTES / size) + 1))
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write rows of equal keys as CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)

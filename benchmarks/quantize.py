@@ -1,0 +1,65 @@
+"""Time the packing of a prefill's keys and values on a CUDA device, against a copy of the same bytes.
+
+Inputs are bfloat16 and together larger than the L2 cache; the calls are captured in a CUDA graph. Keys are centred,
+values are not. Rows go to benchmarks/results/quantize.csv.
+
+Run: python benchmarks/quantize.py [--out PATH]
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import torch
+from gpu import buffers, graph_times, machine, spread, write_rows
+
+from turboquant_local.codec.quantizer import MSEQuantizer
+from turboquant_local.codec.statistics import HeadStatistics
+from turboquant_local.kernels import api
+from turboquant_local.kernels.layout import vector_bytes
+
+KV_HEADS, HEAD_DIM = 8, 128  # Llama-3.1-8B
+TOKENS = (2048, 32768)
+BITS = (8, 4, 3, 2)
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a microsecond by a copy of 2 GiB."""
+    source = torch.empty(2**30, dtype=torch.bfloat16, device="cuda").normal_()
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / spread(graph_times([partial(target.copy_, source)]))[1]
+
+
+def main() -> None:
+    """Measure all points, print a table and write the rows."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "quantize.csv")
+    options = parser.parse_args()
+    where, rows = machine(), []
+    copied = copy_bandwidth()
+    for tokens in TOKENS:
+        size_in = KV_HEADS * tokens * HEAD_DIM * 2
+        inputs = torch.randn(buffers(size_in), 1, KV_HEADS, tokens, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+        mean = inputs[0].mean(2, keepdim=True)
+        for bits in BITS:
+            quantizer = MSEQuantizer(HEAD_DIM, bits)
+            size = size_in + KV_HEADS * tokens * vector_bytes(quantizer, torch.bfloat16)
+            for side, statistics in (("keys", HeadStatistics(mean=mean)), ("values", HeadStatistics())):
+                for impl in ("triton", "reference"):
+                    calls = [partial(api.quantize_kv, x, quantizer, statistics, impl=impl) for x in inputs]
+                    low, median, high = spread(graph_times(calls))
+                    rows.append({
+                        **where, "tokens": tokens, "side": side, "bits": bits, "impl": impl,
+                        "us_p20": f"{low:.2f}", "us_median": f"{median:.2f}", "us_p80": f"{high:.2f}",
+                        "tb_per_s": f"{size / median / 1e6:.3f}",
+                        "share_of_copy_bandwidth": f"{size / median / copied:.3f}",
+                    })  # fmt: skip
+                    print(f"{tokens:>6} {side:<6} {bits} bits {impl:<9} {median:9.1f} us "
+                          f"{rows[-1]['share_of_copy_bandwidth']} of copy bandwidth", flush=True)  # fmt: skip
+    write_rows(options.out, rows)
+
+
+if __name__ == "__main__":
+    main()
