@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from itertools import count
+from itertools import accumulate, count
 from typing import Any, Final
 
 from turboquant_local.errors import EvaluationError
@@ -78,7 +78,11 @@ class Haystack:
             raise EvaluationError(f"length={length}: {len(facts)} facts and the question need {length - room} tokens")
         filler = self._filler(room, rng.randrange(len(self._sentences)))
         body: list[int] = []
-        spots = [(round(depth * len(filler)), tokens) for depth, tokens in needles]
+        ends = [0, *accumulate(map(len, filler))]
+        spots = [
+            (min(range(len(ends)), key=lambda index: abs(ends[index] - depth * room)), tokens)
+            for depth, tokens in needles
+        ]
         for index in range(len(filler) + 1):
             for spot, tokens in spots:
                 body += tokens if spot == index else []
