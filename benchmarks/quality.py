@@ -3,7 +3,7 @@
     make quality
     make quality ARGS="--windows 3 --samples 0 --tool-samples 0"
     make quality ARGS="--windows 3 --samples 0 --tool-samples 0 --codecs balanced balanced:k_bits=3,v_bits=2 kivi-3"
-    python benchmarks/quality.py --device cuda --batch-size 32
+    python benchmarks/quality.py --device cuda --batch-size 32 --jobs 8
 
 The whole table takes hours on a CPU and minutes on a GPU. The figure to steer by is the mean KL divergence: perplexity
 is noisier (its 95 % interval stands beside it). Rows go to benchmarks/results/quality.csv, retrieval by length and
@@ -18,19 +18,24 @@ import dataclasses
 import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers.utils import logging
 
+from turboquant_local.engine.loading import LoadedModel
 from turboquant_local.evaluation import cut_windows, read_text
-from turboquant_local.evaluation.codecs.base import KVCodec
 from turboquant_local.evaluation.codecs.registry import find_codec
 from turboquant_local.evaluation.comparison import TOKENS, Comparison, compare, loss_at, write_csv
 from turboquant_local.evaluation.environment import environment
 from turboquant_local.evaluation.fidelity import UNCOMPRESSED
 from turboquant_local.evaluation.models import load_model
-from turboquant_local.evaluation.retrieval import LENGTHS, RetrievalCell, accuracy, measure_retrieval
+from turboquant_local.evaluation.retrieval import LENGTHS, TASKS, RetrievalCell, Task, accuracy, measure_retrieval
 from turboquant_local.evaluation.tool_calls import ToolCallScore, measure_tool_calls
 
 ROOT = Path(__file__).parents[1]
@@ -179,6 +184,79 @@ def write_retrieval(path: Path, cells: list[RetrievalCell], conditions: dict[str
         writer.writerows([*conditions.values(), *dataclasses.astuple(cell)] for cell in cells)
 
 
+@dataclass(frozen=True)
+class Job:
+    """A part of the work: predictions of some codecs, or retrieval or tool calls of one.
+
+    Attributes:
+        kind: "fidelity", "retrieval" or "tools".
+        codecs: Names of the codecs.
+        task: The kind of prompt, for retrieval.
+    """
+
+    kind: str
+    codecs: tuple[str, ...]
+    task: Task = "passkey"
+
+
+def jobs_of(options: argparse.Namespace) -> list[Job]:
+    """Everything to do. The reference is computed once a job, so predictions go several codecs a job."""
+    size = -(-len(options.codecs) // options.jobs)
+    jobs = [
+        Job("fidelity", tuple(options.codecs[start : start + size])) for start in range(0, len(options.codecs), size)
+    ]
+    tasked = (UNCOMPRESSED.name, *options.task_codecs)
+    if options.samples:
+        jobs += [Job("retrieval", (name,), task) for name in tasked for task in TASKS]
+    if options.tool_samples:
+        jobs += [Job("tools", (name,)) for name in tasked]
+    return jobs
+
+
+@lru_cache(maxsize=1)
+def model_of(name: str, device: str, dtype: str) -> LoadedModel:
+    """The model, once a process."""
+    logging.disable_progress_bar()
+    return load_model(name, device=device, dtype=dtype)
+
+
+def work(job: Job, options: argparse.Namespace) -> list[Any]:
+    """Do one job."""
+    loaded = model_of(options.model, options.device, options.dtype)
+    codecs = [UNCOMPRESSED if name == UNCOMPRESSED.name else find_codec(name) for name in job.codecs]
+    text = read_text(options.text)
+    if job.kind == "retrieval":
+        return measure_retrieval(
+            loaded, text, codecs, tasks=[job.task], lengths=options.lengths, samples=options.samples
+        )
+    if job.kind == "tools":
+        return measure_tool_calls(loaded, codecs, samples=options.tool_samples)
+    windows = cut_windows(loaded.tokenizer, text, options.window, stride=options.stride, limit=options.windows)
+    return compare(
+        loaded.model, windows, codecs, context=options.context, chunk=options.chunk, batch_size=options.batch_size
+    )
+
+
+def measure(options: argparse.Namespace) -> tuple[list[Comparison], list[RetrievalCell], list[ToolCallScore]]:
+    """Do all jobs, in one process or several."""
+    jobs, found = jobs_of(options), {}
+    count = Counter("jobs", len(jobs))
+    if options.jobs == 1:
+        for job in jobs:
+            found[job] = work(job, options)
+            count(" ".join((job.kind, *job.codecs)))
+    else:
+        with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+            running = {pool.submit(work, job, options): job for job in jobs}
+            for future in as_completed(running):
+                found[running[future]] = future.result()
+                count(" ".join((running[future].kind, *running[future].codecs)))
+    results: dict[str, list[Any]] = {"fidelity": [], "retrieval": [], "tools": []}
+    for job in jobs:
+        results[job.kind] += found[job]
+    return results["fidelity"], results["retrieval"], results["tools"]
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description="Quality of the presets and of other codecs.")
@@ -197,33 +275,20 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS), help="tokens of retrieval prompts")
     parser.add_argument("--tool-samples", type=int, default=50, help="requests for tools; 0: none")
     parser.add_argument("--task-codecs", nargs="*", default=list(PRESETS), help="codecs for retrieval and tools")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the work, each with the model")
     parser.add_argument("--plot", type=Path, help="file for a plot of loss against bytes")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/quality.csv")
     options = parser.parse_args()
 
-    logging.disable_progress_bar()
-    codecs = [find_codec(name) for name in options.codecs]
-    tasked: list[KVCodec] = [UNCOMPRESSED, *(find_codec(name) for name in options.task_codecs)]
-    loaded = load_model(options.model, device=options.device, dtype=options.dtype)
-    text = read_text(options.text)
-    windows = cut_windows(loaded.tokenizer, text, options.window, stride=options.stride, limit=options.windows)
-    batches = -(-len(windows) // options.batch_size)
-    rows = compare(
-        loaded.model, windows, codecs, context=options.context, chunk=options.chunk, batch_size=options.batch_size,
-        on_progress=Counter("windows", batches * len(codecs)),
-    )  # fmt: skip
-    cells, tools = [], []
-    if options.samples:
-        steps = 3 * 5 * len(options.lengths) * len(tasked)
-        cells = measure_retrieval(
-            loaded, text, tasked, lengths=options.lengths, samples=options.samples,
-            on_progress=Counter("retrieval", steps),
-        )  # fmt: skip
-    if options.tool_samples:
-        steps = options.tool_samples * len(tasked)
-        tools = measure_tool_calls(loaded, tasked, samples=options.tool_samples, on_progress=Counter("tools", steps))
+    for name in (*options.codecs, *options.task_codecs):
+        find_codec(name)  # an unknown one is refused before anything is measured
+    rows, cells, tools = measure(options)
 
-    conditions = {"model": Path(options.model).name, **environment(loaded.device), "dtype": options.dtype}
+    conditions = {
+        "model": Path(options.model).name,
+        **environment(torch.device(options.device)),
+        "dtype": options.dtype,
+    }
     conditions |= {"chunk": str(options.chunk), "text": options.text.name}
     print(", ".join(f"{name} {value}" for name, value in conditions.items()))
     reference = next(row.fidelity for row in rows if row.fidelity is not None)
@@ -257,7 +322,7 @@ def main() -> None:
         from turboquant_local.evaluation.plots import plot_frontier
 
         plot_frontier(
-            rows, options.plot, title=f"{conditions['model']}, {len(windows)} windows of {options.window} tokens"
+            rows, options.plot, title=f"{conditions['model']}, {reference.windows} windows of {options.window} tokens"
         )
 
 

@@ -1,7 +1,7 @@
 """The cache of the other codecs: quantised and read back at once, kept in the model's dtype.
 
-For measuring only: nothing is packed and no memory is saved. The bytes are those of what the codec would store. The
-sinks and the recent window are kept as in `TurboQuantCache`, so that codecs are compared and not their windows.
+For measuring only: nothing is packed and no memory is saved. The bytes are those of what the codec would store. Sinks
+and a recent window are kept for all of them alike, so that codecs are compared and not their windows.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from turboquant_local.cache import TurboQuantCache, predict_bytes
-from turboquant_local.config import TurboQuantConfig
+from turboquant_local.config import BLOCK_LENGTH, TurboQuantConfig
 from turboquant_local.errors import EvaluationError
 
-_OURS: Final = TurboQuantConfig()
+SINK_LENGTH: Final = TurboQuantConfig().sink_length
 
-FEWEST_RECENT: Final = _OURS.residual_length - _OURS.block_length
-"""Recent tokens that `TurboQuantCache` keeps uncompressed at least, with the default settings."""
+RESIDUAL_LENGTH: Final = 128
+"""The field's usual recent window. It costs more bytes than the near tokens of `TurboQuantCache`."""
+
+_FEWEST_RECENT: Final = RESIDUAL_LENGTH - BLOCK_LENGTH
 
 
 class FakeQuantizer(Protocol):
@@ -59,8 +61,8 @@ class FakeQuantizedCodec:
     name: str
     keys: FakeQuantizer
     values: FakeQuantizer
-    sink_length: int = _OURS.sink_length
-    fewest_recent: int = FEWEST_RECENT
+    sink_length: int = SINK_LENGTH
+    fewest_recent: int = _FEWEST_RECENT
 
     @property
     def block_length(self) -> int:

@@ -10,7 +10,12 @@ from typing import Any, Final
 from turboquant_local.config import PRESETS, TurboQuantConfig
 from turboquant_local.errors import EvaluationError
 from turboquant_local.evaluation.codecs.base import KVCodec
-from turboquant_local.evaluation.codecs.fake_quantized import FakeQuantizedCodec, FakeQuantizer
+from turboquant_local.evaluation.codecs.fake_quantized import (
+    RESIDUAL_LENGTH,
+    SINK_LENGTH,
+    FakeQuantizedCodec,
+    FakeQuantizer,
+)
 from turboquant_local.evaluation.codecs.fp8 import FP8
 from turboquant_local.evaluation.codecs.hadamard_int import HadamardInt
 from turboquant_local.evaluation.codecs.identity import Identity
@@ -30,8 +35,7 @@ def _kivi(name: str, bits: int, group: int = 64, **fields: int) -> FakeQuantized
 
 def _plain(name: str, bits: int, **fields: Any) -> TurboQuantCodec:
     """The paper's Algorithm 1 behind the sinks and the window that every codec here has."""
-    ours = TurboQuantConfig()
-    window = {"sink_length": ours.sink_length, "residual_length": ours.residual_length}
+    window = {"sink_length": SINK_LENGTH, "residual_length": RESIDUAL_LENGTH}
     return TurboQuantCodec(
         name, TurboQuantConfig(preset="paper", **{"k_bits": bits, "v_bits": bits, **window, **fields})
     )
