@@ -154,6 +154,10 @@ class CompressedLayer(DynamicLayer):
     def prefetch(self) -> None:
         """Move everything back."""
         if self.is_initialized:
+            if self.device.type == "cuda":
+                # What is moved may still be on its way out, and the memory it goes to may still be read. Before 5.23
+                # transformers does not wait for either.
+                torch.cuda.current_stream(self.device).wait_stream(torch.cuda.default_stream(self.device))
             self._map(lambda x: x.to(self.device, non_blocking=True))
 
     def reset(self) -> None:

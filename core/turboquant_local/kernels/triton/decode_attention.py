@@ -145,6 +145,8 @@ def _launch(k: PackedKV, v: PackedKV, dtype: torch.dtype, vectors: int) -> Launc
     if dtype == torch.float32:
         return Launch(warps=1, stages=1, waves=8)
     quantizers = (k.quantizer, v.quantizer)
+    if max(x.bits for x in quantizers) in (6, 8):  # centroids are loaded one by one: no room for tiles loaded ahead
+        return Launch(warps=1, stages=1, waves=8)
     if max(x.head_dim for x in quantizers) > 128 or max(x.bits for x in quantizers) > 4:
         return Launch(warps=2, stages=2, waves=4)
     if vectors >= 2**19:
