@@ -14,7 +14,6 @@ from turboquant_local.cli import shared
 from turboquant_local.evaluation.codecs.registry import CODECS, find_codec
 from turboquant_local.evaluation.comparison import TOKENS, Comparison, write_csv
 from turboquant_local.evaluation.comparison import compare as measure
-from turboquant_local.evaluation.environment import environment
 from turboquant_local.evaluation.fidelity import CHUNK
 from turboquant_local.evaluation.models import load_model
 from turboquant_local.evaluation.plots import check_plot, plot_frontier
@@ -25,13 +24,19 @@ DEFAULT = (*_PRESETS, "fp8", *(f"{other}-{bits}" for bits in (4, 3, 2) for other
 """What is compared if no codec is named."""
 
 
+def _list(asked: bool) -> None:
+    if asked:
+        typer.echo("\n".join(CODECS))
+        raise typer.Exit
+
+
 def compare(
     model: shared.ModelOption,
     codecs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[CODEC]...",
-            help=f"Names, with fields to override as in balanced:k_bits=3,v_bits=2. Known: {', '.join(CODECS)}.",
+            metavar="CODEC",
+            help="Names, with fields to override as in balanced:k_bits=3,v_bits=2. [default: presets and others]",
             show_default=False,
         ),
     ] = None,
@@ -46,6 +51,9 @@ def compare(
     dtype: shared.DtypeOption = "auto",
     csv: Annotated[Path | None, typer.Option(help="File for the table as CSV.")] = None,
     plot: Annotated[Path | None, typer.Option(help="File for a plot of loss against bytes.")] = None,
+    known: Annotated[
+        bool, typer.Option("--list", callback=_list, is_eager=True, help="Print the codecs that have a name.")
+    ] = False,
 ) -> None:
     """Compare codecs on the same tokens: what they store, and what they lose.
 
@@ -65,7 +73,7 @@ def compare(
             rows = measure(
                 loaded.model, ids, chosen, context=start, chunk=chunk, batch_size=batch_size, on_progress=advance
             )
-        conditions = {"model": model, **environment(loaded.device), "dtype": str(loaded.model.dtype)}
+        conditions = shared.conditions(model, loaded)
         if csv is not None:
             write_csv(csv, rows, conditions)
         if plot is not None:

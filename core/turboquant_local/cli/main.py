@@ -10,9 +10,10 @@ def main() -> None:
     try:
         from turboquant_local.cli.app import app
     except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich"):
+        package = (error.name or "").partition(".")[0]
+        if package not in ("typer", "rich"):
             raise
-        sys.exit(f"turboquant-local: {error.name} is not installed; pip install 'turboquant-local[cli]'")
+        sys.exit(f"turboquant-local: {package} is not installed; pip install 'turboquant-local[cli]'")
     app()
 
 

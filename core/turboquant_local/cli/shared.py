@@ -16,6 +16,7 @@ from transformers.utils import logging
 from turboquant_local.engine.loading import LoadedModel
 from turboquant_local.errors import EvaluationError, TurboQuantError
 from turboquant_local.evaluation.default_text import default_text
+from turboquant_local.evaluation.environment import environment
 from turboquant_local.evaluation.windows import WINDOW_LENGTH, cut_windows, read_text
 
 ModelOption = Annotated[str, typer.Option(help="A folder, a name on the Hugging Face hub, or testing:llama.")]
@@ -90,6 +91,11 @@ def progress(console: Console, total: int) -> Iterator[Callable[[str], None]]:
             bar.update(task, advance=1, description=name)
 
         yield advance
+
+
+def conditions(model: str, loaded: LoadedModel) -> dict[str, str]:
+    """What the figures depend on."""
+    return {"model": model, "dtype": str(loaded.model.dtype).removeprefix("torch."), **environment(loaded.device)}
 
 
 def told(conditions: dict[str, str]) -> str:

@@ -16,7 +16,6 @@ from turboquant_local.config import TurboQuantConfig
 from turboquant_local.evaluation.codecs.registry import find_codec
 from turboquant_local.evaluation.codecs.turboquant import TurboQuantCodec
 from turboquant_local.evaluation.comparison import Comparison, compare, size
-from turboquant_local.evaluation.environment import environment
 from turboquant_local.evaluation.fidelity import CHUNK
 from turboquant_local.evaluation.layers import LayerFidelity
 from turboquant_local.evaluation.models import load_model
@@ -69,7 +68,7 @@ def verify(
                 loaded.model, ids, kv_cache, Thresholds(threshold, max_kl, min_top1),
                 context=start, chunk=chunk, on_progress=advance,
             )  # fmt: skip
-        conditions = {"model": model, **environment(loaded.device), "dtype": str(loaded.model.dtype)}
+        conditions = shared.conditions(model, loaded)
         if plot is not None:
             codecs = [find_codec(name) for name in _NEIGHBOURS if name != preset or bits]
             with shared.progress(console, len(codecs) * len(ids)) as advance:
@@ -111,7 +110,7 @@ def show(console: Console, found: Verification, conditions: dict[str, str]) -> N
 
 
 def _table(layers: list[LayerFidelity]) -> Table:
-    table = Table(title="layer by layer", box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD)
     for name in ("layer", "key cosine", "value cosine", "output error", "bits", "bytes", "of"):
         table.add_column(name, justify="right")
     for layer in layers:

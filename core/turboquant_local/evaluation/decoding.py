@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from turboquant_local.evaluation.attention_switch import own_attention
+from turboquant_local.evaluation.attention_switch import attention
 from turboquant_local.evaluation.codecs.base import KVCodec
 
 
@@ -55,7 +55,7 @@ def decode(
     """
     ids = torch.tensor([prompt.ids for prompt in prompts], device=model.device)
     split = ids.shape[1] - max(prompt.question_length for prompt in prompts)
-    with own_attention(model):
+    with attention(model):
         cache = codec.cache(model.config)
         model(ids[:, :split], past_key_values=cache, logits_to_keep=1)
         step = ids[:, split:]

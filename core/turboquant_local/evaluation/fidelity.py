@@ -11,7 +11,7 @@ import torch
 
 from turboquant_local.config import TurboQuantConfig
 from turboquant_local.errors import EvaluationError
-from turboquant_local.evaluation.attention_switch import own_attention
+from turboquant_local.evaluation.attention_switch import attention
 from turboquant_local.evaluation.codecs.base import KVCodec, decoding_chunks
 from turboquant_local.evaluation.codecs.turboquant import TurboQuantCodec
 from turboquant_local.evaluation.intervals import mean_interval
@@ -111,15 +111,16 @@ def measure_fidelity(
 
 def _logits(model: Any, ids: torch.Tensor, codec: KVCodec, context: int) -> torch.Tensor:
     """All scored logits at once: `[batch, length - 1 - context, vocabulary]`."""
-    cache = codec.cache(model.config)
     scored = ids.shape[1] - 1 - context
-    logits: torch.Tensor = model(ids[:, :-1], past_key_values=cache, logits_to_keep=scored).logits
+    with attention(model):
+        cache = codec.cache(model.config)
+        logits: torch.Tensor = model(ids[:, :-1], past_key_values=cache, logits_to_keep=scored).logits
     return logits
 
 
 def _chunk_logits(model: Any, ids: torch.Tensor, codec: KVCodec, context: int, chunk: int) -> Iterator[torch.Tensor]:
     """The same, chunk by chunk."""
-    with own_attention(model):
+    with attention(model):
         cache = codec.cache(model.config)
         for start, stop in decoding_chunks(codec, ids.shape[1] - 1, chunk):
             scored = stop - max(start, context)

@@ -13,10 +13,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from turboquant_local.attention import turboquant_attention
+from turboquant_local.cache import TurboQuantCache
 from turboquant_local.cache.accounting import report
 from turboquant_local.cache.handle import KVHandle
 from turboquant_local.cache.layer import CompressedLayer
-from turboquant_local.evaluation.attention_switch import own_attention
+from turboquant_local.evaluation.attention_switch import attention
 from turboquant_local.evaluation.codecs.base import decoding_chunks
 from turboquant_local.evaluation.codecs.turboquant import TurboQuantCodec
 
@@ -72,13 +73,11 @@ def measure_layers(
     bypassed: dict[str, str] = {}
     layers = 0
     for window in windows:
-        with own_attention(model):
-            cache = codec.cache(model.config)
-            bypassed, layers = cache.bypassed, len(cache.layers)
-            recorder = _Recorder(cache, codec, context, chunk, measurements)
-            model.config.get_text_config(decoder=True)._attn_implementation = _NAME
-            with recorder.active():
-                model(window[None].to(model.device), use_cache=False, logits_to_keep=1)
+        cache = TurboQuantCache(model.config, codec.kv_cache, set_attention=False)
+        bypassed, layers = cache.bypassed, len(cache.layers)
+        recorder = _Recorder(cache, codec, context, chunk, measurements)
+        with attention(model, _NAME), recorder.active():
+            model(window[None].to(model.device), use_cache=False, logits_to_keep=1)
     return [
         measurements[index].result(index)
         if index in measurements
