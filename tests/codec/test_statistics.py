@@ -56,4 +56,14 @@ def test_statistics_are_taken_as_asked() -> None:
     assert torch.allclose(
         everything.scale_unit, torch.tensor(3 * 16**0.5), rtol=0.1
     )  # of what is left without the mean
-    assert torch.equal(typical_norm(torch.zeros(1, 1, 3, 8)), torch.ones(1, 1, 1))
+
+
+def test_two_tokens_among_padding_set_the_unit_of_scales() -> None:
+    sample = torch.full((1, 1, 128, 16), 1e-3)
+    sample[:, :, -2:] = keys()[:1, :1, :2]
+    true_norm = keys()[:1, :1].norm(dim=-1).mean()
+    assert true_norm / 10 < typical_norm(sample) < true_norm
+
+
+def test_without_any_norm_the_unit_is_that_of_normal_vectors() -> None:
+    assert typical_norm(torch.zeros(2, 1, 128, 64)).tolist() == [[[8.0]], [[8.0]]]

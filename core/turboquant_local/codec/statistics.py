@@ -40,7 +40,10 @@ def head_statistics(x: torch.Tensor, *, center: bool, weigh: bool, unit: bool) -
 
 
 def typical_norm(x: torch.Tensor) -> torch.Tensor:
-    """The geometric mean of the norms, zeros left out; 1 where all are 0.
+    """The root mean square of the norms; where all are 0, that of a standard normal vector.
+
+    A sample may be padding but for its last few tokens, whose keys are nearly the same and vanish once their mean is
+    off. A single other token among 128 still brings this to a tenth of its own norm.
 
     Args:
         x: `[batch, num_kv_heads, tokens, head_dim]`.
@@ -48,11 +51,8 @@ def typical_norm(x: torch.Tensor) -> torch.Tensor:
     Returns:
         `[batch, num_kv_heads, 1]` float32.
     """
-    norm = x.float().norm(dim=-1)
-    present = norm > 0
-    total = torch.where(present, norm, 1.0).log2().sum(-1, keepdim=True)
-    mean: torch.Tensor = total / present.sum(-1, keepdim=True).clamp_min(1)
-    return mean.exp2()
+    norm = x.float().square().sum(-1).mean(-1, keepdim=True).sqrt()
+    return torch.where(norm > 0, norm, x.shape[-1] ** 0.5)
 
 
 def key_mean(keys: torch.Tensor) -> torch.Tensor:
