@@ -73,6 +73,8 @@ PRESETS: Final[Mapping[str, Mapping[str, object]]] = {
     "uncompressed": {"k_bits": 16, "v_bits": 16, "skip_first_layers": ALL_LAYERS},
 }
 
+AUTO: Final = "auto"
+"""A preset still to be chosen for the model at hand, see `cache.auto`. Its fields stay None until then."""
 
 _FROM_PRESET: Final[Any] = None
 """Default of a field: `__post_init__` puts the preset's value in its place."""
@@ -83,7 +85,8 @@ class TurboQuantConfig:
     """How keys and values are stored. A field left at None takes the preset's value.
 
     Attributes:
-        preset: A name in `PRESETS`; the other fields override it one by one.
+        preset: A name in `PRESETS`; the other fields override it one by one. Or "auto": the cache chooses a preset
+            once it knows the model, and until then a field is None unless it was given.
         k_bits: Bits per key coordinate, one of 1, 2, 3, 4, 8, 16 (16: the model's dtype, nothing lost).
         v_bits: The same for values.
         sink_length: First tokens that stay in the model's dtype (attention sinks).
@@ -127,10 +130,15 @@ class TurboQuantConfig:
     seed: int = _FROM_PRESET
 
     def __post_init__(self) -> None:
-        if not isinstance(self.preset, str) or self.preset not in PRESETS:
+        names = [*PRESETS, AUTO]
+        if not isinstance(self.preset, str) or self.preset not in names:
             raise ConfigError(
-                f"preset={self.preset!r}: expected one of {', '.join(PRESETS)}{_closest(self.preset, PRESETS)}"
+                f"preset={self.preset!r}: expected one of {', '.join(names)}{_closest(self.preset, names)}"
             )
+        if self.preset == AUTO:
+            # What was given is checked beside the defaults, which stand for what is not known yet.
+            dataclasses.replace(self, preset="balanced")
+            return
         for name, value in (_DEFAULTS | dict(PRESETS[self.preset])).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -181,8 +189,8 @@ class TurboQuantConfig:
         return cls(**_known({**(value or {}), **fields}))
 
     def to_dict(self) -> dict[str, str | int | bool]:
-        """All fields as plain values; `parse` reads them back."""
-        return dataclasses.asdict(self)
+        """All fields as plain values, without those that "auto" leaves open; `parse` reads them back."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
     @property
     def block_length(self) -> int:
@@ -218,6 +226,6 @@ def _known(fields: Mapping[str, Any]) -> dict[str, Any]:
     return dict(fields)
 
 
-def _closest(name: object, known: Mapping[str, object] | list[str]) -> str:
-    match = get_close_matches(str(name), list(known), n=1)
+def _closest(name: object, known: list[str]) -> str:
+    match = get_close_matches(str(name), known, n=1)
     return f" (did you mean {match[0]!r}?)" if match else ""

@@ -10,11 +10,11 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
     LinearAttentionCacheLayerMixin,
 )
 
 from turboquant_local.cache.accounting import MemoryReport, live_tensors, report, storage_bytes
+from turboquant_local.cache.auto import COMPRESSIBLE, choose, is_mla, kv_shape
 from turboquant_local.cache.handle import AttentionStats
 from turboquant_local.cache.layer import CompressedLayer, HybridLayer, PlainLayer, make_codec
 from turboquant_local.config import TurboQuantConfig
@@ -41,7 +41,8 @@ class TurboQuantCache(DynamicCache):
     reads packed tokens and passes everything else on to transformers' own attention.
 
     Attributes:
-        kv_cache: The settings.
+        kv_cache: The settings; with "auto", those that were chosen.
+        explanation: Why "auto" chose them, in plain sentences; "" if a preset was named.
         bypassed: Layers that stay uncompressed, by index, with the reason.
         stats: Which attention ran, and how often something was decompressed as a whole.
         kv_shape: `(num_kv_heads, head_dim)` of the model, or None where its layers differ.
@@ -61,7 +62,8 @@ class TurboQuantCache(DynamicCache):
 
         Args:
             config: `model.config`.
-            kv_cache: A `TurboQuantConfig`, a dict of its fields or a preset's name; "balanced" if None.
+            kv_cache: A `TurboQuantConfig`, a dict of its fields or a preset's name; "balanced" if None. "auto"
+                chooses a preset for this model.
             offloading: Keep all layers but the one at work on the CPU, as in `DynamicCache`.
             offload_only_non_sliding: As in `DynamicCache`.
             set_attention: Set the config's attention implementation. If not, other attention still gives the
@@ -74,10 +76,11 @@ class TurboQuantCache(DynamicCache):
         """
         if not isinstance(config, PreTrainedConfig):
             raise CacheError(f"config={type(config).__name__}: expected a model's config; pass model.config")
-        self.kv_cache = TurboQuantConfig.parse(kv_cache, **fields)
+        choice = choose(TurboQuantConfig.parse(kv_cache, **fields), config)
+        self.kv_cache, self.explanation = choice.kv_cache, choice.explanation
         self.stats = AttentionStats()
         self._decoder_config = config.get_text_config(decoder=True)
-        self.kv_shape = _kv_shape(self._decoder_config)
+        self.kv_shape = kv_shape(self._decoder_config)
         super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         self.layers, self.bypassed = self._compress(self.layers)
         if set_attention and any(isinstance(layer, CompressedLayer) for layer in self.layers):
@@ -87,9 +90,7 @@ class TurboQuantCache(DynamicCache):
 
     def _compress(self, layers: list[Any]) -> tuple[list[Any], dict[str, str]]:
         """Put our layers in the places of transformers' full-attention layers."""
-        candidates = [
-            i for i, layer in enumerate(layers) if type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer)
-        ]
+        candidates = [i for i, layer in enumerate(layers) if type(layer) in COMPRESSIBLE]
         skipped = set(candidates[: self.kv_cache.skip_first_layers])
         if self.kv_cache.skip_last_layers:
             skipped |= set(candidates[-self.kv_cache.skip_last_layers :])
@@ -118,12 +119,13 @@ class TurboQuantCache(DynamicCache):
 
     def _incompressible(self) -> str | None:
         """Why no layer of this model can be compressed; None if they can."""
-        if getattr(self._decoder_config, "kv_lora_rank", None) is not None:
+        if is_mla(self._decoder_config):
             return "MLA: keys and values come from a latent that is smaller still"
         if self.kv_shape is None:
             return None
         head_dim = self.kv_shape[1]
-        if head_dim % 8 and min(self.kv_cache.k_bits, self.kv_cache.v_bits) < 16:
+        # "auto" has gone to 16 bits for that very reason.
+        if head_dim % 8 and (self.explanation or min(self.kv_cache.k_bits, self.kv_cache.v_bits) < 16):
             return f"head size {head_dim} is no multiple of 8"
         for bits in (self.kv_cache.k_bits, self.kv_cache.v_bits):
             make_codec(self.kv_cache, head_dim, bits, keys=True)
@@ -204,21 +206,6 @@ class TurboQuantCache(DynamicCache):
     def memory_report(self) -> MemoryReport:
         """The bytes part by part: codes, scales, statistics, sinks, recent, bypassed, constants."""
         return report(self.layers)
-
-
-def _kv_shape(config: PreTrainedConfig) -> tuple[int, int] | None:
-    """Heads and head size that every layer of the model shares, or None."""
-    shapes = {_layer_shape(layer) for layer in getattr(config, "per_layer_config", None) or [config]}
-    return shapes.pop() if len(shapes) == 1 else None
-
-
-def _layer_shape(config: PreTrainedConfig) -> tuple[int, int] | None:
-    q_heads = getattr(config, "num_attention_heads", None)
-    heads = getattr(config, "num_key_value_heads", None) or q_heads
-    head_dim = getattr(config, "head_dim", None)
-    if head_dim is None and q_heads:
-        head_dim = config.hidden_size // q_heads
-    return (heads, head_dim) if isinstance(heads, int) and isinstance(head_dim, int) else None
 
 
 def _reason(layer: object) -> str:

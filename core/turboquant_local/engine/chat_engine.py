@@ -43,7 +43,8 @@ class ChatEngine:
 
     Args:
         model: A folder or a name on the Hugging Face hub.
-        kv_cache: How keys and values are stored: a preset's name, a dict of fields, or a config.
+        kv_cache: How keys and values are stored: a preset's name, a dict of fields, or a config; preset
+            "auto" chooses for the model.
         device: A torch device; None takes cuda, else mps, else cpu.
         dtype: "auto" (the default), "float32", "float16" or "bfloat16".
         revision: Branch, tag or commit on the hub.
@@ -116,8 +117,13 @@ class ChatEngine:
 
     @property
     def kv_cache(self) -> TurboQuantConfig:
-        """How keys and values are stored."""
+        """How keys and values are stored; the first generation fills in "auto"."""
         return self._kept.config
+
+    @property
+    def kv_cache_explanation(self) -> str:
+        """Why "auto" chose `kv_cache`, in plain sentences; "" before the first generation, or if a preset was named."""
+        return self._kept.explanation
 
     @property
     def is_loaded(self) -> bool:

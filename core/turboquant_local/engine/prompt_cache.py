@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from turboquant_local.cache import TurboQuantCache
 from turboquant_local.cache.cache import SKIPPED
-from turboquant_local.config import TurboQuantConfig
+from turboquant_local.config import AUTO, TurboQuantConfig
 
 logger = logging.getLogger(__name__)
 
@@ -20,11 +20,12 @@ class PromptCache:
     """Keeps the KV cache of the last generation, so that the next prompt computes only what is new in it.
 
     Args:
-        config: How keys and values are stored.
+        config: How keys and values are stored; "auto" is filled in once the model is known.
     """
 
     def __init__(self, config: TurboQuantConfig) -> None:
         self.config = config
+        self.explanation = ""
         self.cache: TurboQuantCache | None = None
         self.ids: list[int] = []
 
@@ -37,6 +38,8 @@ class PromptCache:
         """
         if self.cache is None:
             self.cache = TurboQuantCache(model.config, kv_cache=self.config)
+            if self.config.preset == AUTO:
+                self.config, self.explanation = self.cache.kv_cache, self.cache.explanation
             self._log_bypassed(model, self.cache)
         self.cache.stats.reset()
         held = len(self.ids)

@@ -14,7 +14,8 @@ Key init args, generation
 
 Key init args, this machine
     kv_cache: How keys and values are stored: ``"balanced"`` (the default), ``"compact"``, ``"extreme"``,
-        ``"uncompressed"``, or a dict such as ``{"k_bits": 4, "v_bits": 3}``; see `turboquant_local.TurboQuantConfig`.
+        ``"uncompressed"``, ``"auto"`` (chosen for the model), or a dict such as ``{"k_bits": 4, "v_bits": 3}``; see
+        `turboquant_local.TurboQuantConfig`.
     device, dtype, revision, token, trust_remote_code, model_kwargs, tokenizer_kwargs: How the model is loaded.
 
 `langchain_turboquant_local.settings.ChatSettings` has them all. A call may give its own:

@@ -84,7 +84,8 @@ class TurboQuantLocalChatGenerator:
             in a thread of the engine's own.
         enable_thinking: Let a model think that can; the thoughts are in the reply's `reasoning`.
         kv_cache: How keys and values are stored: a preset's name or a dict of fields, such as
-            `{"preset": "compact"}` or `{"k_bits": 4, "v_bits": 3}`; see `turboquant_local.TurboQuantConfig`.
+            `{"preset": "compact"}` or `{"k_bits": 4, "v_bits": 3}`; preset "auto" is chosen for the model. See
+            `turboquant_local.TurboQuantConfig`.
         dtype: Such as "bfloat16"; None means the model's own.
 
     Raises:
