@@ -26,6 +26,7 @@ CACHES: dict[str, dict[str, Any]] = {
     "paper, 3 bits, center_keys": {"preset": "paper", "k_bits": 3, "v_bits": 3, "center_keys": True},
     "compact without center_keys": {"preset": "compact", "center_keys": False},
     "compact without error_feedback": {"preset": "compact", "error_feedback": False},
+    "turboquant_k8v4": {"preset": "turboquant_k8v4"},
     "balanced": {"preset": "balanced"},
     "compact": {"preset": "compact"},
     "extreme": {"preset": "extreme"},

@@ -46,12 +46,17 @@ def test_what_speaks_against_fewer_bits_is_named(config: PreTrainedConfig, reaso
     assert choice.explanation.endswith("So 4 bits, and no fewer.")
 
 
-def test_biases_on_keys_are_named() -> None:
+def test_biases_on_keys_get_more_bits() -> None:
     qwen = {**LLAMA_8B, "num_attention_heads": 28, "hidden_size": 3584, "num_key_value_heads": 4}
     choice = choose(TurboQuantConfig.parse("auto"), config_of("qwen2", **qwen))
-    assert "Its keys have a bias, which centering takes off" in choice.explanation
+    assert choice.kv_cache == TurboQuantConfig.parse("turboquant_k8v4")
     assert choice.kv_cache.center_keys
-    assert "bias" not in choose(TurboQuantConfig.parse("auto"), config_of("qwen3", **qwen)).explanation
+    assert choice.explanation == (
+        "qwen2: preset 'turboquant_k8v4' is chosen. Its keys have a bias. Centering takes it off but for what turns "
+        "with the position, so keys have 8 bits."
+    )
+    without = choose(TurboQuantConfig.parse("auto"), config_of("qwen3", **qwen))
+    assert (without.kv_cache.preset, "bias" in without.explanation) == ("balanced", False)
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
@@ -162,9 +167,9 @@ def test_it_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_bytes_are_predicted_and_used_as_with_the_preset_it_chose() -> None:
     model = tiny_model("qwen2")
-    assert predict_bytes(model.config, "auto", tokens=700) == predict_bytes(model.config, "balanced", tokens=700)
+    assert predict_bytes(model.config, "auto", tokens=700) == predict_bytes(model.config, "turboquant_k8v4", tokens=700)
     prompt, sizes = random_tokens(1, 400), []
-    for settings in ("auto", "balanced"):
+    for settings in ("auto", "turboquant_k8v4"):
         cache = TurboQuantCache(model.config, settings)
         model.generate(prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, max_new_tokens=2)
         sizes.append(cache.vram_bytes())

@@ -45,8 +45,9 @@ class Choice:
 def choose(kv_cache: TurboQuantConfig, model_config: PreTrainedConfig) -> Choice:
     """Fill in "auto" for a model; other settings are returned as they are.
 
-    The choice is `balanced`, or `uncompressed` where no layer can be compressed. Fields that were given beside "auto"
-    stay as given. The reasons are logged, each text once a process.
+    The choice is `balanced`; `turboquant_k8v4` where keys have a bias, since what of it turns with the position
+    survives centering (figures: examples/hard-keys-model, `measure.py --move`); `uncompressed` where no layer can be
+    compressed. Fields that were given beside "auto" stay as given. The reasons are logged, each text once a process.
 
     Args:
         kv_cache: The settings.
@@ -59,7 +60,8 @@ def choose(kv_cache: TurboQuantConfig, model_config: PreTrainedConfig) -> Choice
     if obstacle is not None:
         preset, reasons = "uncompressed", [obstacle]
     else:
-        preset, reasons = "balanced", [*_layers_in_words(config), *_bits_in_words(config)]
+        preset = "turboquant_k8v4" if has_key_bias(config) else "balanced"
+        reasons = [*_layers_in_words(config), *_bits_in_words(config)]
     given = [f"{name}={value!r}" for name, value in kv_cache.to_dict().items() if name != "preset"]
     if given:
         reasons.append(f"As given: {', '.join(given)}.")
@@ -122,12 +124,12 @@ def _layers_in_words(config: PreTrainedConfig) -> Iterator[str]:
 
 
 def _bits_in_words(config: PreTrainedConfig) -> Iterator[str]:
-    """Why 4 bits, and what is done about the model's peculiarities."""
+    """Why these bits and no fewer."""
     against = list(_against_fewer_bits(config))
     yield from against
     if has_key_bias(config):
-        yield "Its keys have a bias, which centering takes off before they are coded."
-    if against:
+        yield "Its keys have a bias. Centering takes it off but for what turns with the position, so keys have 8 bits."
+    elif against:
         yield "So 4 bits, and no fewer."
     else:
         yield "4 bits are the safe choice. Nothing in its shape speaks against preset 'compact' (3 bits): test it."
