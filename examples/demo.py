@@ -112,11 +112,12 @@ def compare(asked: list[Question], ours: list[ChatMessage], plain: list[ChatMess
     """Both runs of every question, side by side."""
     settings = ours[0].meta["turboquant"]["kv_cache"]
     kept = f"The first {settings['sink_length']} and the latest {settings['residual_length']} tokens at most"
+    near = f"the {settings['near_length']} before them are kept at {settings['near_bits']} bits"
     table = Table(
         "",
         f"{settings['preset']} (K{settings['k_bits']} V{settings['v_bits']})",
         "uncompressed",
-        caption=f"{kept} stay in the model's dtype and are counted: a short chat is no smaller.",
+        caption=f"{kept} stay in the model's dtype, {near}, and all are counted: a short chat is no smaller.",
     )
     for question, reply, other in zip(asked, ours, plain, strict=True):
         same, tokens = agreement(reply, other, tokenizer)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from turboquant_local.cache import KVHandle, TurboQuantCache
@@ -114,7 +115,7 @@ def test_tokens_are_packed_once_near_and_once_far(
     cache = TurboQuantCache(CONFIG, k_bits=bits[0], v_bits=bits[1], center_keys=center, **LENGTHS)
     batch_size = 2
     # Per side: what was fed, and what the cache last held of it.
-    fed = held = [torch.empty(batch_size, HEADS, 0, HEAD_DIM)] * 2
+    fed = held = [torch.empty(batch_size, HEADS, 0, HEAD_DIM + 1)] * 2
     far = packed = 0  # tokens up to which the cache was last far, and packed
 
     for name, number in operations:
@@ -123,6 +124,7 @@ def test_tokens_are_packed_once_near_and_once_far(
         if name == "update":
             new = states(batch_size, 1 + number % 23, seed=number)
             cache.update(*new, 0)
+            new = [pad(x, (0, 1), value=1.0) for x in new]
             fed = [torch.cat([x, y], dim=2) for x, y in zip(fed, new, strict=True)]
             held = [torch.cat([x, y], dim=2) for x, y in zip(held, new, strict=True)]
         elif not length:
