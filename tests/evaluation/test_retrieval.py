@@ -118,3 +118,13 @@ def test_running_text_is_exactly_as_long_as_the_room(haystack: Haystack) -> None
 
 def test_words_differ() -> None:
     assert len(set(WORDS)) == len(WORDS) > 100
+
+
+def test_the_question_comes_after_the_document_is_packed(tiny: LoadedModel, haystack: Haystack) -> None:
+    prompts = make_prompts(haystack, "pairs", 512, 0.5, 4)
+    fed: list[int] = []
+    hook = tiny.model.register_forward_pre_hook(lambda _, args: fed.append(args[0].shape[1]))
+    decode(tiny.model, tiny.tokenizer, prompts, find_codec("balanced"), max_new_tokens=3, end_ids=[])
+    hook.remove()
+    longest = max(prompt.question_length for prompt in prompts)
+    assert fed == [512 - longest, longest, 1, 1]
