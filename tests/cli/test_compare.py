@@ -24,10 +24,10 @@ def test_a_table_in_the_order_of_bytes(invoke: Invoke, quick: list[str]) -> None
 
 def test_csv_and_plot(invoke: Invoke, quick: list[str], tmp_path: Path) -> None:
     files = ["--csv", tmp_path / "table.csv", "--plot", tmp_path / "plot.png"]
-    done = invoke("compare", *quick, "--batch-size", "2", "compact", "fp8", *files)
+    done = invoke("compare", *quick, "--batch-size", "2", "plain-turboquant-2", "fp8", *files)
     assert done.exit_code == 0, done.output
     read = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
-    assert [row["codec"] for row in read] == ["compact", "fp8"]
+    assert [row["codec"] for row in read] == ["plain-turboquant-2", "fp8"]
     assert read[0]["model"] == "testing:llama"
     assert 0 < float(read[1]["kl_mean"]) < float(read[0]["kl_mean"])
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

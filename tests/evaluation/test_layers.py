@@ -19,14 +19,16 @@ def measure(model: object, name: str, windows: int = 1, context: int = 100) -> l
     return measure_layers(model, random_tokens(windows, LENGTH), codec, context=context, chunk=32)
 
 
-def test_cosines_are_those_of_the_models_own_keys_and_values() -> None:
-    model, config = tiny_model("qwen2"), TurboQuantConfig(preset="extreme")
-    found = measure(model, "extreme")
+@pytest.mark.parametrize("near", [0, 96, 448])
+def test_cosines_are_those_of_the_models_own_keys_and_values(near: int) -> None:
+    """Over the far tokens; where there are none, over the near ones."""
+    model, config = tiny_model("qwen2"), TurboQuantConfig(preset="extreme", near_length=near)
+    found = measure(model, f"extreme:near_length={near}")
     exact = DynamicCache(config=model.config)
     with torch.inference_mode():
         model(random_tokens(1, LENGTH), past_key_values=exact)
     compressed = TurboQuantCache(model.config, config, set_attention=False)
-    packed = slice(4, 4 + config.packed_length(LENGTH))
+    packed = slice(4, 4 + (config.packed_length(LENGTH) - near if near < LENGTH else config.packed_length(LENGTH)))
     for index, layer in enumerate(exact.layers):
         compressed.update(layer.keys, layer.values, index)
         for side, got in (("keys", found[index].key_cosine), ("values", found[index].value_cosine)):
@@ -54,7 +56,7 @@ def test_output_error_is_that_of_decoding() -> None:
 
 def test_fewer_bits_err_more_in_every_layer() -> None:
     model = tiny_model("llama")
-    runs = [measure(model, name) for name in ("turboquant_k8v4", "ours-3", "ours-2")]
+    runs = [measure(model, name) for name in ("plain-turboquant-4", "plain-turboquant-3", "plain-turboquant-2")]
     for layers in zip(*runs, strict=True):
         errors = [layer.output_error or 0.0 for layer in layers]
         assert errors == sorted(errors)
@@ -88,7 +90,8 @@ def test_bits_and_bytes_are_those_of_a_cache() -> None:
     assert sum(layer.stored_bytes or 0 for layer in found) == memory.total - memory.constants
     assert sum(layer.uncompressed_bytes or 0 for layer in found) == memory.uncompressed
     packed = TurboQuantConfig(preset="compact").packed_length(LENGTH)
-    bits = 8 * (memory.codes + memory.norms + memory.means) / (4 * 2 * 2 * 64 * packed)
+    plain = memory.sinks + memory.recent + memory.constants
+    bits = 8 * (memory.total - plain) / (4 * 2 * 2 * 64 * packed)
     assert [layer.bits_per_coordinate for layer in found] == pytest.approx([bits] * 4)
 
 

@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from turboquant_local.cache.auto import choose
 from turboquant_local.cli import shared
 from turboquant_local.config import TurboQuantConfig
 from turboquant_local.evaluation.codecs.registry import find_codec
@@ -29,7 +30,9 @@ _NEIGHBOURS = ("turboquant_k8v4", "balanced", "compact", "extreme")
 
 def verify(
     model: shared.ModelOption,
-    preset: Annotated[str, typer.Option(help="Name of the preset.")] = "balanced",
+    preset: Annotated[
+        str, typer.Option(help="Name of the preset; auto chooses one that suits the model.")
+    ] = "balanced",
     k_bits: Annotated[int | None, typer.Option(help="Bits of keys, instead of the preset's.")] = None,
     v_bits: Annotated[int | None, typer.Option(help="Bits of values, instead of the preset's.")] = None,
     threshold: Annotated[
@@ -62,6 +65,8 @@ def verify(
             check_plot(plot)
         with console.status("loading the model"):
             loaded = load_model(model, device=device, dtype=dtype)
+        choice = choose(kv_cache, loaded.model.config)
+        kv_cache = choice.kv_cache
         ids, start = shared.windows_of(loaded, text, window, windows, context, stride)
         with shared.progress(console, 2 * len(ids) + 1) as advance:
             found = measure(
@@ -80,7 +85,10 @@ def verify(
     if as_json:
         typer.echo(json.dumps({**conditions, "windows": list(ids.shape), **found.to_dict()}, indent=2))
     else:
-        show(shared.output(), found, conditions)
+        output = shared.output()
+        if choice.explanation:
+            output.print(choice.explanation, highlight=False, soft_wrap=True)
+        show(output, found, conditions)
     if not found.passed:
         raise typer.Exit(1)
 

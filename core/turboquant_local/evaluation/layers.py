@@ -30,7 +30,8 @@ class LayerFidelity:
 
     Attributes:
         layer: Index of the layer.
-        key_cosine: Mean cosine between a packed key and what is read back; None where nothing is packed.
+        key_cosine: Mean cosine between a packed key and what is read back, over far tokens, or over near ones where no
+            token is far; None where nothing is packed.
         value_cosine: The same for values.
         output_error: |attention over the compressed cache - exact attention| / |exact attention|, over the model's
             own queries behind the context; the layer's inputs are exact.
@@ -160,14 +161,14 @@ class _Recorder:
         for side, (stored, original) in enumerate(zip((layer.keys, layer.values), originals, strict=True)):
             if not isinstance(stored, KVHandle):
                 continue
-            read = stored.dequantize()
-            changed = (read != original).any(-1)
-            if not changed.any():  # the identity codec
-                changed = torch.ones_like(changed)
-            cosine = torch.cosine_similarity(read.float(), original.float(), dim=-1)[changed]
+            config, length = self.codec.kv_cache, original.shape[2]
+            packed = config.packed_length(length)
+            counted = slice(config.sink_length, config.sink_length + (config.far_length(length) or packed))
+            read = stored.dequantize()[:, :, counted]
+            cosine = torch.cosine_similarity(read.float(), original[:, :, counted].float(), dim=-1)
             sums.cosines[side] = sums.cosines[side] + cosine.double().sum().cpu()
-            sums.packed[side] += len(cosine)
-            coordinates += original[:, :, : self.codec.packed_length(original.shape[2])].numel()
+            sums.packed[side] += cosine.numel()
+            coordinates += original[:, :, :packed].numel()
         memory = report([layer])
         plain = memory.sinks + memory.recent + memory.bypassed + memory.constants
         sums.packed_bytes, sums.packed_coordinates = memory.total - plain, coordinates

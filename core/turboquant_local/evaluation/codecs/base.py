@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
+from itertools import pairwise
 from typing import Protocol
 
 from transformers import PreTrainedConfig
@@ -23,8 +24,8 @@ class KVCodec(Protocol):
     def cache(self, model_config: PreTrainedConfig) -> Cache:
         """A fresh, empty cache for a model."""
 
-    def packed_length(self, length: int) -> int:
-        """Tokens that are stored compressed once a sequence has `length` tokens."""
+    def seen(self, length: int) -> Hashable:
+        """What the newest of `length` tokens sees packed in token-by-token decoding; equal for equal states."""
 
     def stored_bytes(self, model_config: PreTrainedConfig, tokens: int) -> int:
         """Bytes of one sequence of `tokens` tokens of a 16-bit model: codes, scales, windows and constants."""
@@ -33,23 +34,19 @@ class KVCodec(Protocol):
 def decoding_chunks(codec: KVCodec, length: int, chunk: int) -> Iterator[tuple[int, int]]:
     """Cut `length` tokens into chunks whose queries see the cache as they would in token-by-token decoding.
 
-    All tokens of a chunk are added before the first of them attends, and with them the packing that they cause. A
-    chunk therefore ends where the next token would pack something, unless that makes it shorter than `chunk`: a
-    codec that packs every token at once shows its latest `chunk` tokens uncompressed, in its favour. `chunk=1` is
-    decoding itself.
+    All tokens of a chunk are added before the first of them attends, and see each other uncompressed. A new chunk
+    therefore begins with every token that would see more of them packed than the one before it. A codec that packs so
+    often that this takes more than two chunks for every `chunk` tokens is fed `chunk` tokens at a time instead.
 
     Args:
-        codec: Says when it packs.
+        codec: Says what a token sees.
         length: Tokens to cut.
-        chunk: Fewest tokens of a chunk.
+        chunk: Tokens fed at a time to a codec that packs often; 1 never gives in.
 
     Yields:
         Start and stop of each chunk.
     """
-    start = 0
-    while start < length:
-        stop, packed = start + 1, codec.packed_length(start + 1)
-        while stop < length and (stop < start + chunk or codec.packed_length(stop + 1) == packed):
-            stop += 1
-        yield start, stop
-        start = stop
+    starts = [i for i in range(length) if i == 0 or codec.seen(i + 1) != codec.seen(i)]
+    if len(starts) > 2 * length / chunk + 2:
+        starts = list(range(0, length, chunk))
+    yield from pairwise([*starts, length])

@@ -79,6 +79,11 @@ class FakeQuantizedCodec:
         """Tokens that are stored compressed once a sequence has `length` tokens."""
         return max(0, length - self.sink_length - self.fewest_recent) // self.block_length * self.block_length
 
+    def seen(self, length: int) -> int:
+        """Tokens that the newest of `length` tokens sees compressed; it sees itself as it is."""
+        blocks = max(0, length - 1 - self.sink_length) // self.block_length
+        return min(self.packed_length(length), blocks * self.block_length)
+
     def stored_bytes(self, model_config: PreTrainedConfig, tokens: int) -> int:
         """Bytes of one sequence of `tokens` tokens of a 16-bit model.
 

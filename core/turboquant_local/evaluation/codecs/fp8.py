@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from turboquant_local.config import BLOCK_LENGTH
+
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -13,7 +15,7 @@ _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 class FP8:
     """e4m3 (exponent of 4 bits, mantissa of 3) of x / scale; the scale takes a vector's largest coordinate to 448."""
 
-    block_length: int = 1
+    block_length: int = BLOCK_LENGTH
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Vectors after a round trip; the scale has 16 bits."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from turboquant_local.codec import rotation_matrix
+from turboquant_local.config import BLOCK_LENGTH
 from turboquant_local.evaluation.codecs.uniform import round_trip
 
 
@@ -19,7 +20,7 @@ class HadamardInt:
     """
 
     bits: int
-    block_length: int = 1
+    block_length: int = BLOCK_LENGTH
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Vectors after a round trip."""

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
+from turboquant_local.config import BLOCK_LENGTH
+
 
 @dataclass(frozen=True)
 class Identity:
     """Stores 16 bits a coordinate."""
 
-    block_length: int = 1
+    block_length: int = BLOCK_LENGTH
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The vectors themselves."""

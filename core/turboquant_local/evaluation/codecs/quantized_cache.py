@@ -56,9 +56,9 @@ class TransformersQuantizedCache:
             self.backend, model_config, nbits=self.bits, q_group_size=_GROUP, residual_length=_RESIDUAL, **axis
         )
 
-    def packed_length(self, length: int) -> int:
-        """Tokens outside the window, on average: it holds between 0 and 127."""
-        return max(0, length - _RESIDUAL // 2)
+    def seen(self, length: int) -> int:
+        """How often the window was full before the newest of `length` tokens."""
+        return (length - 1) // _RESIDUAL
 
     def stored_bytes(self, model_config: PreTrainedConfig, tokens: int) -> int:
         """Bytes of one sequence of `tokens` tokens of a 16-bit model, with a window half full.
@@ -70,6 +70,7 @@ class TransformersQuantizedCache:
         if reference.kv_shape is None:
             raise EvaluationError(f"codec={self.name!r}: the model's layers differ in shape, so its bytes are unknown")
         heads, head_dim = reference.kv_shape
-        coordinates = 2 * len(reference.layers) * heads * head_dim * self.packed_length(tokens)
+        packed = max(0, tokens - _RESIDUAL // 2)
+        coordinates = 2 * len(reference.layers) * heads * head_dim * packed
         saved = 16 - self.bits - 32 / _GROUP
         return round(predict_bytes(model_config, "uncompressed", tokens) - coordinates * saved / 8)

@@ -26,9 +26,15 @@ class TurboQuantCodec:
         """A fresh, empty cache for a model."""
         return TurboQuantCache(model_config, self.kv_cache)
 
-    def packed_length(self, length: int) -> int:
-        """Tokens that are stored compressed once a sequence has `length` tokens."""
-        return self.kv_cache.packed_length(length)
+    def seen(self, length: int) -> tuple[int, int]:
+        """Packed tokens that the newest of `length` tokens sees, and how many of them are far ones.
+
+        A token sees itself uncompressed, so the block that it completes is packed behind it.
+        """
+        config = self.kv_cache
+        blocks = max(0, length - 1 - config.sink_length) // config.block_length
+        packed = min(config.packed_length(length), blocks * config.block_length)
+        return packed, min(config.far_length(length), packed)
 
     def stored_bytes(self, model_config: PreTrainedConfig, tokens: int) -> int:
         """Bytes of one sequence of `tokens` tokens of a 16-bit model.
