@@ -44,6 +44,7 @@ def test_scale_is_unbiased_unless_the_paper_is_asked_for() -> None:
         ({"center_keys": 1}, "center_keys=1: expected True or False"),
         ({"error_feedback": None, "preset": "paper", "near_length": "x"}, "near_length='x'"),
         ({"near_length": 100}, "near_length=100: expected a multiple of 32"),
+        ({"near_bits": 16}, "near_bits=16: expected one of 1, 2, 3, 4, 6, 8$"),
         ({"scale_bits": 4}, "scale_bits=4: expected one of 8, 16"),
         (7, "kv_cache=7: expected a preset's name, a dict of fields"),
     ],

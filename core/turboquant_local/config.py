@@ -94,7 +94,7 @@ class TurboQuantConfig:
             blocks of `block_length`.
         near_length: Tokens just before those, at most, that are packed at `near_bits`: attention falls mostly on
             what is near, so it pays to code it finer. A multiple of `block_length`; 0 for none.
-        near_bits: Bits of both keys and values there. A side that has more bits anyway keeps them.
+        near_bits: Bits of both keys and values there, one of 1, 2, 3, 4, 6, 8. A side that has more bits keeps them.
         rotation: "hadamard" (randomized; needs a head size of 2^k or 3*2^k), "dense" (a random orthogonal
             matrix, any head size), or "auto": hadamard where it exists, else dense.
         scale: What is stored beside the codes, per token and head: "unbiased", |x|^2 / <x, x̂>: inner products
@@ -145,7 +145,7 @@ class TurboQuantConfig:
         for name, choices in (
             ("k_bits", BITS),
             ("v_bits", BITS),
-            ("near_bits", BITS),
+            ("near_bits", BITS[:-1]),
             ("rotation", ROTATIONS),
             ("scale", SCALES),
             ("scale_bits", SCALE_BITS),
