@@ -129,7 +129,7 @@ Response metadata
     .. code-block:: text
 
         The pass key is 48213. stop
-        7,690,364 bytes for the KV cache instead of 27,074,560
+        7,276,280 bytes for the KV cache instead of 27,074,560
 
     There too: ``ttft``, ``tokens_per_second``, ``compression_ratio``, ``cached_tokens`` and more.
     `get_turboquant_callback` gathers them over chains and agents, per run and in sum.
