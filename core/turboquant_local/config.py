@@ -12,6 +12,7 @@ from turboquant_local.errors import ConfigError
 
 Rotation = Literal["auto", "hadamard", "dense"]
 Scale = Literal["unbiased", "least_error", "norm"]
+CodebookName = Literal["grid", "lloyd_max"]
 
 BITS: Final = (1, 2, 3, 4, 6, 8, 16)
 """Bits a coordinate can be stored in; 16 keeps the model's own dtype (the identity codec)."""
@@ -20,6 +21,7 @@ SCALE_BITS: Final = (8, 16)
 
 ROTATIONS: Final = ("auto", "hadamard", "dense")
 SCALES: Final = ("unbiased", "least_error", "norm")
+CODEBOOKS: Final = ("grid", "lloyd_max")
 
 BLOCK_LENGTH: Final = 32
 """Tokens that leave the recent window together and are packed as one block."""
@@ -38,6 +40,7 @@ _DEFAULTS: Final[dict[str, object]] = {
     "near_length": 256,
     "near_bits": 6,
     "rotation": "auto",
+    "codebook": "grid",
     "scale": "unbiased",
     "scale_bits": 8,
     "center_keys": True,
@@ -57,6 +60,7 @@ PRESETS: Final[Mapping[str, Mapping[str, object]]] = {
         "sink_length": 0,
         "residual_length": 0,
         "near_length": 0,
+        "codebook": "lloyd_max",
         "scale": "norm",
         "scale_bits": 16,
         "center_keys": False,
@@ -97,6 +101,8 @@ class TurboQuantConfig:
         near_bits: Bits of both keys and values there, one of 1, 2, 3, 4, 6, 8. A side that has more bits keeps them.
         rotation: "hadamard" (randomized; needs a head size of 2^k or 3*2^k), "dense" (a random orthogonal
             matrix, any head size), or "auto": hadamard where it exists, else dense.
+        codebook: "grid": levels at equal distances, with a step for every vector (see `codec.grid`); "lloyd_max": the
+            paper's levels, which the kernels read more slowly.
         scale: What is stored beside the codes, per token and head: "unbiased", |x|^2 / <x, x̂>: inner products
             without bias; "least_error", <x, x̂> / |x̂|^2: the least squared error; "norm", |x|, as in the paper.
         scale_bits: 16 (float16), or 8: its logarithm in steps of 2.2 %, for codes of up to 4 bits.
@@ -121,6 +127,7 @@ class TurboQuantConfig:
     near_length: int = _FROM_PRESET
     near_bits: int = _FROM_PRESET
     rotation: Rotation = _FROM_PRESET
+    codebook: CodebookName = _FROM_PRESET
     scale: Scale = _FROM_PRESET
     scale_bits: int = _FROM_PRESET
     center_keys: bool = _FROM_PRESET
@@ -147,6 +154,7 @@ class TurboQuantConfig:
             ("v_bits", BITS),
             ("near_bits", BITS[:-1]),
             ("rotation", ROTATIONS),
+            ("codebook", CODEBOOKS),
             ("scale", SCALES),
             ("scale_bits", SCALE_BITS),
         ):

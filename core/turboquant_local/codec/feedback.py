@@ -8,41 +8,45 @@ of GPTQ and LDLQ (arXiv 2210.17323, 2307.13304) applied to keys instead of weigh
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+
+Nearest = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""From coordinates to the codes (int32) and the levels nearest to them, all of one shape."""
 
 _PANEL = 16
 """Coordinates between two matrix products; inside a panel errors are passed on one by one."""
 
 
 def feedback_codes(
-    y: torch.Tensor, centroids: torch.Tensor, boundaries: torch.Tensor, weights: torch.Tensor, rotation: torch.Tensor
-) -> torch.Tensor:
-    """Codes of unit vectors that make the weighted error small.
+    y: torch.Tensor, nearest: Nearest, weights: torch.Tensor, rotation: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of vectors that make the weighted error small.
 
     Args:
-        y: `[..., tokens, head_dim]` float32, rotated unit vectors.
-        centroids: `[2**bits]` float32.
-        boundaries: `[2**bits - 1]` float32.
+        y: `[..., tokens, head_dim]` float32, rotated vectors in the unit of the levels.
+        nearest: The codebook.
         weights: `[..., 1, head_dim]`, above 0: what an error counts in each channel before the rotation.
         rotation: `[head_dim, head_dim]` float32, Π of `y = Π x`.
 
     Returns:
-        `[..., tokens, head_dim]` int32.
+        Codes, int32, and their levels, float32, both `[..., tokens, head_dim]`.
     """
     factor = _error_factor(weights, rotation).mT
     y = y.mT.contiguous()  # one coordinate of all tokens is then one stretch of memory
     codes = torch.empty_like(y, dtype=torch.int32)
-    errors = torch.empty_like(y)
+    levels, errors = torch.empty_like(y), torch.empty_like(y)
     for start in range(0, y.shape[-2], _PANEL):
         stop = min(start + _PANEL, y.shape[-2])
         panel = y[..., start:stop, :] - factor[..., start:stop, :start] @ errors[..., :start, :]
         for i in range(start, stop):
             target = panel[..., i - start, :].contiguous()
-            code = torch.bucketize(target, boundaries, out_int32=True)
-            error = target - centroids.take(code.long())
-            codes[..., i, :], errors[..., i, :] = code, error
+            code, level = nearest(target)
+            error = target - level
+            codes[..., i, :], levels[..., i, :], errors[..., i, :] = code, level, error
             panel[..., i - start + 1 :, :] -= factor[..., i + 1 : stop, i, None] * error.unsqueeze(-2)
-    return codes.mT.contiguous()
+    return codes.mT.contiguous(), levels.mT.contiguous()
 
 
 def _error_factor(weights: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:

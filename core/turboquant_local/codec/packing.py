@@ -1,11 +1,8 @@
 """Codes packed into bytes, with no bit unused.
 
-Bit order, stated once; it is chosen for kernels that look bytes up in tables.
+Bit order, stated once; it is chosen for kernels that take codes out of words with masks.
 
-- 1, 2 and 8 bits: a byte holds 8 / bits neighbouring codes, the first in the lowest bits.
-- 4 bits: sign and magnitude, as codebooks are symmetric. Codes from 8 on are positive with magnitude code - 8, those
-  below are negative with magnitude 7 - code. Four neighbours fill 16 bits, low byte first: the magnitude of code j lies
-  at bits 4j to 4j + 2, the signs (1: negative) of the four at bits 7, 15, 3 and 11.
+- 1, 2, 4 and 8 bits: a byte holds 8 / bits neighbouring codes, the first in the lowest bits.
 - 3 bits: three planes of head_dim / 8 bytes. Of codes 8g to 8g + 7, byte g of plane i (0 to 2) holds number 2i at bits
   0-2, number 2i + 1 at bits 4-6, and bit i of numbers 6 and 7 at bits 3 and 7.
 - 5, 6 and 7 bits: planes of 4, 2 and 1 bits, widest first and lowest bits first, each like codes of its own width with
@@ -52,11 +49,6 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     packed_size(codes.shape[-1], bits)
     if bits == 3:
         return _pack_three(codes)
-    if bits == 4:
-        negative = 1 - (codes >> 3)
-        magnitude = (codes & 7) ^ (7 * negative)
-        signs = negative.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) << 3
-        return _swap_signs(_pack_plane(magnitude | signs, 4))
     parts, shift = [], 0
     for width in planes(bits):
         parts.append(_pack_plane((codes >> shift) & ((1 << width) - 1), width))
@@ -77,37 +69,14 @@ def unpack_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 3:
         return _unpack_three(packed)
     if len(planes(bits)) == 1:
-        return _look_up(aligned(packed, bits), byte_codes(bits, packed.device))
+        return _look_up(packed, byte_codes(bits, packed.device))
     head_dim = packed.shape[-1] * 8 // bits
     codes, start, shift = torch.zeros(*packed.shape[:-1], head_dim, dtype=torch.uint8, device=packed.device), 0, 0
     for width in planes(bits):
         size = head_dim * width // 8
-        codes |= _look_up(packed[..., start : start + size], _plane_codes(width, packed.device)) << shift
+        codes |= _look_up(packed[..., start : start + size], byte_codes(width, packed.device)) << shift
         start, shift = start + size, shift + width
     return codes
-
-
-def aligned(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """Packed codes of one plane with every code inside one byte, as `byte_codes` reads them."""
-    return _swap_signs(packed) if bits == 4 else packed
-
-
-@lru_cache(maxsize=32)
-def byte_codes(bits: int, device: torch.device) -> torch.Tensor:
-    """The codes in every byte that `aligned` may give, for widths of one plane: `[256, 8 / bits]` uint8."""
-    if bits != 4:
-        return _plane_codes(bits, device)
-    nibbles = _plane_codes(4, device)
-    negative = nibbles.flip(-1) >> 3  # bit 7 is the sign of the low nibble, bit 3 that of the high one
-    return (nibbles & 7) ^ torch.where(negative == 1, 7, 8).to(torch.uint8)
-
-
-def _swap_signs(packed: torch.Tensor) -> torch.Tensor:
-    """Exchange bits 3 and 15 of every 16 bits: the signs that lie in the other byte than their magnitude."""
-    words = packed.view(torch.int16)
-    differ = ((words >> 12) ^ words) & 8
-    swapped: torch.Tensor = words ^ differ ^ (differ << 12)
-    return swapped.view(torch.uint8)
 
 
 def _pack_plane(part: torch.Tensor, width: int) -> torch.Tensor:
@@ -141,7 +110,7 @@ def _look_up(packed: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache(maxsize=32)
-def _plane_codes(width: int, device: torch.device) -> torch.Tensor:
+def byte_codes(width: int, device: torch.device) -> torch.Tensor:
     """The codes in every byte of a plane: `[256, 8 / width]` uint8."""
     byte = torch.arange(256, dtype=torch.int32)[:, None]
     shifts = torch.arange(0, 8, width, dtype=torch.int32)

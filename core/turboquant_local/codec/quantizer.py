@@ -7,16 +7,19 @@ rotated space, still without their scale. Attention works there; only `dequantiz
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Protocol
 
 import torch
 
 from turboquant_local.codec.codebook import lloyd_max
-from turboquant_local.codec.feedback import feedback_codes
-from turboquant_local.codec.packing import aligned, byte_codes, pack_codes, packed_size, planes, unpack_codes
+from turboquant_local.codec.feedback import Nearest, feedback_codes
+from turboquant_local.codec.grid import grid_centroids, grid_step, nearest_level, vector_steps
+from turboquant_local.codec.packing import byte_codes, pack_codes, packed_size, planes, unpack_codes
+from turboquant_local.codec.refine import refine_levels
 from turboquant_local.codec.rotation import rotation_matrix
-from turboquant_local.config import Rotation, Scale
+from turboquant_local.codec.scales import rounded_scales
+from turboquant_local.config import CodebookName, Rotation, Scale
 
 
 class Quantizer(Protocol):
@@ -90,7 +93,7 @@ class IdentityQuantizer:
 
 @dataclass(frozen=True)
 class MSEQuantizer:
-    """TurboQuant_mse (paper, Algorithm 1): rotate, then the Lloyd-Max code of every coordinate.
+    """TurboQuant_mse (paper, Algorithm 1): rotate, then code every coordinate.
 
     Attributes:
         head_dim: Size of the vectors, a multiple of 8.
@@ -100,6 +103,7 @@ class MSEQuantizer:
             (inner products without bias, EDEN's choice), "least_error" <x, x̂> / |x̂|^2.
         seed: Seed of the rotation.
         scale_bits: Bits in which the storage keeps the scale, 8 or 16. `quantize` itself gives float32.
+        codebook: "lloyd_max" (the paper), or "grid": equal distances, with a step for every vector (`codec.grid`).
 
     Raises:
         ConfigError: A head size that cannot be packed or rotated this way.
@@ -111,6 +115,7 @@ class MSEQuantizer:
     scale: Scale = "unbiased"
     seed: int = 0
     scale_bits: int = 16
+    codebook: CodebookName = "lloyd_max"
 
     def __post_init__(self) -> None:
         packed_size(self.head_dim, self.bits)
@@ -135,33 +140,41 @@ class MSEQuantizer:
         constants = _constants(self, y.device)
         norm = y.norm(dim=-1, keepdim=True)
         y = y / norm.clamp_min(torch.finfo(torch.float32).tiny)
-        if weights is None:
-            weighted = y
-            codes = torch.bucketize(y, constants.boundaries, out_int32=True)
+        gram = None if weights is None else (constants.rotation * weights.float()) @ constants.rotation.T
+        if self.codebook == "grid":
+            step, spacing = vector_steps(y, self.bits), grid_step(self.head_dim, self.bits)
+            nearest: Nearest = partial(nearest_level, bits=self.bits)
         else:
-            weighted = self.rotate(self.unrotate(y) * weights.float())
-            codes = feedback_codes(y, constants.centroids, constants.boundaries, weights, constants.rotation)
-        packed = pack_codes(codes.to(torch.uint8), self.bits)
-        if self.scale != "norm":
-            level = constants.centroids[codes]
-            dot = (weighted * level).sum(-1, keepdim=True)
-            if self.scale == "unbiased":
-                unit_scale = (weighted * y).sum(-1, keepdim=True) / dot
-            else:
-                unit_scale = dot / self._weighted_square(level, weights)
-            norm = torch.where(norm > 0, norm * unit_scale, norm)
-        return packed, norm.squeeze(-1)
+            step, spacing = torch.ones_like(norm), 1.0
+            nearest = partial(_nearest_centroid, constants)
+        if weights is None:
+            codes, level = nearest(y / step)
+        else:
+            codes, level = feedback_codes(y / step, nearest, weights, constants.rotation)
+        scale = torch.where(norm > 0, norm * self._unit_scale(y, level, step, gram) / spacing, 0.0)
+        if self.codebook == "grid" and self.scale_bits == 8:
+            scale = rounded_scales(scale)
+            step = scale * spacing / norm.clamp_min(torch.finfo(torch.float32).tiny)
+            codes = (refine_levels(y, level, step, self.bits, gram) + (2**self.bits - 1) / 2).int()
+        return pack_codes(codes.to(torch.uint8), self.bits), scale.squeeze(-1)
 
-    def _weighted_square(self, y: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-        if weights is not None:
-            y = self.unrotate(y) * weights.float().sqrt()
-        return y.square().sum(-1, keepdim=True)
+    def _unit_scale(
+        self, y: torch.Tensor, level: torch.Tensor, step: torch.Tensor, gram: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What the levels of unit vectors are to be multiplied by, `[..., tokens, 1]`."""
+        if self.scale == "norm":
+            return step
+        weighted = y if gram is None else y @ gram
+        dot = (weighted * level).sum(-1, keepdim=True)
+        if self.scale == "unbiased":
+            return (weighted * y).sum(-1, keepdim=True) / dot
+        return dot / ((level if gram is None else level @ gram) * level).sum(-1, keepdim=True)
 
     def levels(self, codes: torch.Tensor) -> torch.Tensor:
         """The centroids of packed codes: `[..., head_dim]` float32."""
         constants = _constants(self, codes.device)
         if len(planes(self.bits)) == 1:  # a byte looks up all its centroids at once
-            return torch.nn.functional.embedding(aligned(codes, self.bits).int(), constants.byte_levels).flatten(-2)
+            return torch.nn.functional.embedding(codes.int(), constants.byte_levels).flatten(-2)
         return constants.centroids.take(unpack_codes(codes, self.bits).long())
 
     def dequantize(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -190,16 +203,24 @@ class _Constants:
     byte_levels: torch.Tensor  # [256, codes a byte]; empty for widths of several planes
 
 
+def _nearest_centroid(constants: _Constants, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and centroids of unit vectors' coordinates."""
+    codes = torch.bucketize(y, constants.boundaries, out_int32=True)
+    return codes, constants.centroids.take(codes.long())
+
+
 @lru_cache(maxsize=64)
 def _constants(quantizer: MSEQuantizer, device: torch.device) -> _Constants:
     """One copy a process and device, shared by all layers and caches."""
-    codebook = lloyd_max(quantizer.head_dim, quantizer.bits)
-    centroids = codebook.centroids.float().to(device)
+    if quantizer.codebook == "grid":
+        centroids = grid_centroids(quantizer.head_dim, quantizer.bits).to(device)
+    else:
+        centroids = lloyd_max(quantizer.head_dim, quantizer.bits).centroids.float().to(device)
     single = len(planes(quantizer.bits)) == 1
     return _Constants(
         _rotation_on(quantizer.head_dim, quantizer.rotation, quantizer.seed, device),
         centroids,
-        codebook.boundaries.float().to(device),
+        (centroids[1:] + centroids[:-1]) / 2,
         centroids[byte_codes(quantizer.bits, device).int()] if single else centroids[:0],
     )
 

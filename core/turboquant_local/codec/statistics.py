@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from turboquant_local.codec.scales import rounded_scales
+
 _FLOOR, _CEILING = 0.1, 4.0
 """Bounds of a channel's weight, the mean weight being 1: a small sample must not silence or crown a channel."""
 
@@ -40,7 +42,7 @@ def head_statistics(x: torch.Tensor, *, center: bool, weigh: bool, unit: bool) -
 
 
 def typical_norm(x: torch.Tensor) -> torch.Tensor:
-    """The root mean square of the norms; where all are 0, that of a standard normal vector.
+    """The root mean square of the norms, as a rounded scale; where all are 0, that of a standard normal vector.
 
     A sample may be padding but for its last few tokens, whose keys are nearly the same and vanish once their mean is
     off. A single other token among 128 still brings this to a tenth of its own norm.
@@ -52,7 +54,7 @@ def typical_norm(x: torch.Tensor) -> torch.Tensor:
         `[batch, num_kv_heads, 1]` float32.
     """
     norm = x.float().square().sum(-1).mean(-1, keepdim=True).sqrt()
-    return torch.where(norm > 0, norm, x.shape[-1] ** 0.5)
+    return rounded_scales(torch.where(norm > 0, norm, x.shape[-1] ** 0.5))
 
 
 def key_mean(keys: torch.Tensor) -> torch.Tensor:

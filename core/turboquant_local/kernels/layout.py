@@ -8,14 +8,8 @@ import torch
 
 from turboquant_local.codec.packing import packed_size
 from turboquant_local.codec.quantizer import Quantizer
+from turboquant_local.codec.scales import scale_codes, scales_of
 from turboquant_local.codec.statistics import HeadStatistics
-
-STEPS_PER_OCTAVE = 32
-"""Of an 8-bit scale: neighbours differ by 2.2 %. Coarser steps cost more than they save: an error of the scale moves a
-whole score, where errors of coordinates average out."""
-
-UNIT_CODE = 96
-"""Code of a scale equal to its unit. 0 is a scale of 0; the others reach from 1/8 of the unit to 31 times."""
 
 _SCALE_MAX = torch.finfo(torch.float16).max
 
@@ -54,24 +48,17 @@ class PackedKV:
         """The scales as numbers: `[batch, num_kv_heads, tokens]` float32, or None with the identity codec."""
         if self.scales is None or self.scale_unit is None:
             return None if self.scales is None else self.scales.float()
-        octaves = (self.scales.float() - UNIT_CODE) / STEPS_PER_OCTAVE
-        return torch.where(self.scales > 0, self.scale_unit * octaves.exp2(), 0.0)
+        return scales_of(self.scales, self.scale_unit)
 
 
 def store_scales(scales: torch.Tensor, unit: torch.Tensor | None) -> torch.Tensor:
-    """Scales as they are stored: uint8 for a unit, else float16.
-
-    What is too large is held at the largest scale; with a unit, what is nearer to 0 than to the smallest becomes 0.
+    """Scales as they are stored: uint8 for a unit (see `codec.scales`), else float16, the largest instead of infinity.
 
     Args:
         scales: `[batch, num_kv_heads, tokens]` float32, 0 or more.
         unit: `[batch, num_kv_heads, 1]` float32, or None.
     """
-    if unit is None:
-        return scales.clamp(max=_SCALE_MAX).to(torch.float16)
-    codes = ((scales / unit).log2() * STEPS_PER_OCTAVE).round() + UNIT_CODE
-    smallest = 2.0 ** ((1 - UNIT_CODE) / STEPS_PER_OCTAVE)
-    return torch.where(scales < unit * smallest / 2, 0.0, codes.clamp(1, 255)).to(torch.uint8)
+    return scales.clamp(max=_SCALE_MAX).to(torch.float16) if unit is None else scale_codes(scales, unit)
 
 
 @dataclass(frozen=True)

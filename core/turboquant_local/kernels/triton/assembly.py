@@ -11,7 +11,7 @@ import torch
 
 from turboquant_local.codec.codebook import lloyd_max
 
-BITS = (2, 3, 4)
+BITS = (2, 3)
 
 _PAIR = ("0x6240", "0x7351")
 """Of looked-up nibbles 0-3: the low ones of two bytes as float16, and the high ones."""
@@ -21,14 +21,14 @@ _PAIR = ("0x6240", "0x7351")
 def decoder(head_dim: int, bits: int) -> str:
     """The assembly for `codes.levels`.
 
-    Operands: the registers of the slots' float16 (for four bits one a slot, else two), then the packed elements.
+    Operands: the registers of the slots' float16, two a slot, then the packed elements.
 
     Args:
         head_dim: Size of the vectors.
         bits: One of `BITS`.
     """
     tables, first = _byte_tables(head_dim, bits)
-    lines = first + {2: _two, 3: _three, 4: _four}[bits](tables)
+    lines = first + {2: _two, 3: _three}[bits](tables)
     return "{\n" + ";\n".join(lines) + ";\n}"
 
 
@@ -43,13 +43,13 @@ goes to the uniform registers, which `prmt` cannot read, and every look-up costs
 
 
 def _byte_tables(head_dim: int, bits: int) -> tuple[dict[str, str], list[str]]:
-    """Low and high bytes of the centroids as tables: of the positive ones for four bits.
+    """Low and high bytes of the centroids as tables.
 
     Returns:
         The two words of each table as operands, and the lines that must come first.
     """
     centroids = lloyd_max(head_dim, bits).centroids
-    entries = (centroids[8:] if bits == 4 else centroids).to(torch.float16).view(torch.int16).tolist()
+    entries = centroids.to(torch.float16).view(torch.int16).tolist()
     entries += [0] * (8 - len(entries))
     tables, lines = {}, list(_TABLES)
     for name, shift in (("h", 8), ("l", 0)):
@@ -90,15 +90,3 @@ def _three(tables: dict[str, str]) -> list[str]:
     lines += ["shr.u32 t, $17, 2", "lop3.b32 s, t, 0x22222222, s, 0xEA"]
     lines += ["shr.u32 t, $18, 1", "lop3.b32 s, t, 0x44444444, s, 0xEA"]
     return lines + _look_up(tables, "s", 6, 7)
-
-
-def _four(tables: dict[str, str]) -> list[str]:
-    """Two elements of 16 bits; their signs lie where the bytes looked up have theirs (see `codec.packing`)."""
-    lines = ["and.b32 s, $4, 0x77777777", "prmt.b32 s, s, s, 0x3120"]
-    for half in (0, 1):
-        if half:
-            lines += ["shr.u32 s, s, 16", "shl.b32 t, $4, 4"]
-        lines += [f"prmt.b32 {name}, {words}, s" for name, words in tables.items()]
-        lines.append(f"lop3.b32 h, {'t' if half else '$4'}, 0x80808080, h, 0xEA")
-        lines += [f"prmt.b32 ${2 * half + slot}, l, h, {pair}" for slot, pair in enumerate(_PAIR)]
-    return lines

@@ -22,8 +22,7 @@ def _code(x, y, z, SLOT: tl.constexpr, BITS: tl.constexpr):
     if BITS == 8:
         code = x
     elif BITS == 4:
-        SIGN: tl.constexpr = (7 + 8 * SLOT) % 20
-        code = ((x >> (4 * SLOT)) & 7) ^ (8 ^ (((x >> SIGN) & 1) * 15))
+        code = (x >> (4 * SLOT)) & 15
     elif BITS == 6:
         code = ((x >> (4 * SLOT)) & 15) | (((y.to(tl.uint16) >> (2 * SLOT)) & 3) << 4)
     elif BITS == 3:
@@ -50,12 +49,7 @@ def _joined(x0, x1, x2, x3):
 
 @triton.jit
 def _levels_by_assembly(x, y, z, BITS: tl.constexpr, ASM: tl.constexpr):
-    if BITS == 4:
-        a, b, c, d = tl.inline_asm_elementwise(
-            ASM, "=&r,=&r,=&r,=&r,r", [x], (tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2
-        )
-        out = _joined(a, b, c, d)
-    elif BITS == 2:
+    if BITS == 2:
         a, b, c, d = tl.inline_asm_elementwise(
             ASM,
             "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r",

@@ -168,7 +168,10 @@ def _operands(
     layout = "half" if packed.scale_unit is None else "byte"
     if _in_words(scales):
         scales, layout = scales.view(torch.int32), {"half": "halves", "byte": "bytes"}[layout]
-    asm = assembly.decoder(quantizer.head_dim, quantizer.bits) if fast and quantizer.bits in assembly.BITS else None
+    known = (
+        isinstance(quantizer, MSEQuantizer) and quantizer.codebook == "lloyd_max" and quantizer.bits in assembly.BITS
+    )
+    asm = assembly.decoder(quantizer.head_dim, quantizer.bits) if fast and known else None
     return codes, scales, unit, quantizer.constants(codes.device)[1], layout, asm
 
 

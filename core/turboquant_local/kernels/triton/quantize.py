@@ -16,7 +16,7 @@ from turboquant_local.kernels.triton.devices import multiprocessors, unserved
 from turboquant_local.kernels.triton.quantize_kernel import quantize_tiles
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_OPTIONS = {"head_dim", "bits", "rotation", "scale", "seed", "scale_bits"}
+_OPTIONS = {"head_dim", "bits", "rotation", "scale", "seed", "scale_bits", "codebook"}
 _SCALES = ("norm", "unbiased", "least_error")
 _UNIT = 2.0**-6
 """The rotation is held in multiples of it, so that the smaller of its two float16 terms keeps its bits."""
@@ -47,6 +47,8 @@ def refusal(x: torch.Tensor, quantizer: Quantizer, statistics: HeadStatistics) -
     unknown = [f.name for f in fields(quantizer) if f.name not in _OPTIONS and getattr(quantizer, f.name)]
     if unknown or quantizer.scale not in _SCALES:
         return f"{', '.join(unknown) or 'scale=' + quantizer.scale}: it does not know this option of the quantizer"
+    if quantizer.codebook != "lloyd_max":
+        return f"codebook={quantizer.codebook}: it serves lloyd_max"
     if statistics.weights is not None:
         return "weights of channels are given: it rounds every coordinate by itself"
     if not 32 <= quantizer.head_dim <= 256:

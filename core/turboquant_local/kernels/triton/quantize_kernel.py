@@ -34,7 +34,7 @@ def _quarter(high, low, terms, FIRST: tl.constexpr, DP: tl.constexpr, SPLIT: tl.
 
 @triton.jit
 def _code(y, boundaries, centroids, BITS: tl.constexpr):
-    """Codes of unit coordinates (of 4 bits as magnitude + 8 * sign), and the magnitudes of their centroids.
+    """Codes of unit coordinates, and the magnitudes of their centroids.
 
     The codebook is symmetric: a comparison with each boundary of a magnitude. The lowest bits of a float32 centroid
     hold its number, so that one selection gives both.
@@ -46,10 +46,7 @@ def _code(y, boundaries, centroids, BITS: tl.constexpr):
         for i in tl.static_range(1, HALF):
             numbered = (tl.load(centroids + HALF + i).to(tl.int32, bitcast=True) & -8) | i
             level = tl.where(size > tl.load(boundaries + HALF - 1 + i), numbered, level)
-        if BITS == 4:
-            code = tl.where(y > 0, level & 7, (level & 7) | 8)
-        else:
-            code = ((level & 7) + HALF) ^ tl.where(y > 0, 0, 2 * HALF - 1)
+        code = ((level & 7) + HALF) ^ tl.where(y > 0, 0, 2 * HALF - 1)
         level = level.to(tl.float32, bitcast=True)
     else:
         code = tl.zeros(y.shape, tl.int32)
@@ -81,13 +78,7 @@ def _store_codes(codes, row, code, shown, BITS: tl.constexpr, D: tl.constexpr, D
     """Pack a tile of codes as from `_code` in the bit order of `codec.packing`; `row` is `[BT, 1]`."""
     at = codes + row * (D * BITS // 8)
     channel = tl.arange(0, DP)[None, :]
-    if BITS == 4:
-        slot = channel % 4
-        word = _joined(((code & 7) << (4 * slot)) | ((code >> 3) << ((7 + 8 * slot) % 20)), 4, BT, DP)
-        element = tl.arange(0, DP // 4)[None, :]
-        at = at.to(tl.pointer_type(tl.uint16), bitcast=True)
-        tl.store(at + element, word.to(tl.uint16), mask=shown & (element < D // 4))
-    elif BITS == 3:
+    if BITS == 3:
         slot = channel % 8
         spread = (code & 1) | ((code & 2) << 7) | ((code & 4) << 14)
         part = tl.where(slot < 6, code << (4 * slot), spread << (3 + 4 * (slot - 6)))

@@ -9,7 +9,7 @@ lie for the tensor core, so that decoded codes need not move.
 import triton
 import triton.language as tl
 
-from turboquant_local.kernels.layout import STEPS_PER_OCTAVE, UNIT_CODE
+from turboquant_local.codec.scales import STEPS_PER_OCTAVE, UNIT_CODE
 from turboquant_local.kernels.triton.codes import levels, slots
 
 _STEPS, _UNIT_CODE = tl.constexpr(STEPS_PER_OCTAVE), tl.constexpr(UNIT_CODE)
