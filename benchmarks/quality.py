@@ -255,6 +255,14 @@ def work(job: Job, options: argparse.Namespace) -> list[Any]:
     )
 
 
+def take_gpu(taken: Any) -> None:
+    """Give this process a GPU of its own, as far as there are so many."""
+    with taken.get_lock():
+        index, taken.value = taken.value, taken.value + 1
+    if torch.cuda.device_count() > 1:
+        torch.cuda.set_device(index % torch.cuda.device_count())
+
+
 def measure(options: argparse.Namespace) -> tuple[list[Comparison], list[RetrievalCell], list[ToolCallScore]]:
     """Do all jobs, in one process or several."""
     jobs, found = jobs_of(options), {}
@@ -264,7 +272,8 @@ def measure(options: argparse.Namespace) -> tuple[list[Comparison], list[Retriev
             found[job] = work(job, options)
             count(" ".join((job.kind, *job.codecs)))
     else:
-        with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        spawn = get_context("spawn")
+        with ProcessPoolExecutor(options.jobs, spawn, initializer=take_gpu, initargs=(spawn.Value("i", 0),)) as pool:
             running = {pool.submit(work, job, options): job for job in jobs}
             for future in as_completed(running):
                 found[running[future]] = future.result()
@@ -338,7 +347,7 @@ def main() -> None:
     parser.add_argument("--depths", nargs="+", type=float, default=list(DEPTHS), help="where the asked fact stands")
     parser.add_argument("--tool-samples", type=int, default=50, help="requests for tools; 0: none")
     parser.add_argument("--task-codecs", nargs="*", default=list(PRESETS), help="codecs for retrieval and tools")
-    parser.add_argument("--jobs", type=int, default=1, help="processes that share the work, each with the model")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the work and the GPUs")
     parser.add_argument("--plot", type=Path, help="file for a plot of loss against bytes")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/quality.csv")
     options = parser.parse_args()
