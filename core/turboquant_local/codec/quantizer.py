@@ -106,7 +106,7 @@ class MSEQuantizer:
         codebook: "lloyd_max" (the paper), or "grid": equal distances, with a step for every vector (`codec.grid`).
 
     Raises:
-        ConfigError: A head size that cannot be packed or rotated this way.
+        ConfigError: A width that is not offered, or a head size that cannot be packed or rotated this way.
     """
 
     head_dim: int
