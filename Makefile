@@ -22,7 +22,7 @@ demo: $(STAMP) ## Ask the embedded model through Haystack, with a compressed and
 	@$(BIN)/python examples/demo.py
 
 test: lint ## Check everything, then run every test (a part: make test ARGS="tests/codec -x")
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal --benchmark-disable $(ARGS)
 
 lint: $(STAMP) ## Check style, types and who may import whom
 	$(BIN)/ruff check .
