@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-_STRETCH = 16.0
+STRETCH = 16.0
 """What the error along the vector itself counts, against one across it. A key that matters is one that lies along the
 query. From 8 to 40 the loss hardly changes."""
 
@@ -37,8 +37,8 @@ def refine_levels(
     gradient = error if gram is None else error @ gram  # half of that of e'He
     diagonal = 1.0 if gram is None else gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
     energy = (weighted * y).sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    stretch = _STRETCH * (error * weighted).sum(-1, keepdim=True) / energy
-    curvature = step * (diagonal + _STRETCH * weighted.square() / energy)
+    stretch = STRETCH * (error * weighted).sum(-1, keepdim=True) / energy
+    curvature = step * (diagonal + STRETCH * weighted.square() / energy)
     level = level.clone()
     for _ in range(_ROUNDS):
         slope = gradient + stretch * weighted
@@ -49,7 +49,7 @@ def refine_levels(
         move = torch.where(least < 0, sign.gather(-1, at), 0.0)
         level.scatter_add_(-1, at, move)
         move = move * step
-        stretch = stretch + _STRETCH * move * weighted.gather(-1, at) / energy
+        stretch = stretch + STRETCH * move * weighted.gather(-1, at) / energy
         if gram is None:
             gradient = gradient.scatter_add(-1, at, move)
         else:

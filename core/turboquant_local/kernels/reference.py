@@ -32,8 +32,6 @@ def quantize_kv(x: torch.Tensor, quantizer: Quantizer, statistics: HeadStatistic
 
 def requantize_kv(packed: PackedKV, quantizer: Quantizer, statistics: HeadStatistics) -> PackedKV:
     """See `kernels.api.requantize_kv`."""
-    if packed.quantizer == quantizer:
-        return packed
     parts = []
     for start, stop in _tiles(packed.length, _QUANTIZE_TOKENS):
         parts.append(quantizer.encode(_rotated(packed.tokens(start, stop)), statistics.weights))
