@@ -18,9 +18,6 @@ from turboquant_local.config import TurboQuantConfig
 from turboquant_local.kernels import api
 from turboquant_local.kernels.layout import KVView, PackedKV
 
-_PIECE = 4096
-"""Tokens of a long prompt that are packed at once: bounds what is near and far at the same time."""
-
 
 @dataclass(frozen=True)
 class SideCodec:
@@ -89,15 +86,11 @@ def settle(view: KVView, config: TurboQuantConfig, codec: SideCodec, among_first
         statistics = codec.statistics(recent[:, :, : config.sample_length])
     far, near = view.far, view.near
     unweighted = replace(statistics, weights=None)  # near codes are fine enough to be rounded one by one
-    for start in range(0, max(count, 1), _PIECE):
-        piece = recent[:, :, start : min(start + _PIECE, count)]
-        if piece.shape[2]:
-            near = _join(near, api.quantize_kv(piece, codec.near, unweighted))
-        moved = min(near.length, leaving) if near else 0
-        if near is not None and moved > 0:
-            far = _join(far, api.requantize_kv(near.tokens(0, moved), codec.far, statistics))
-            near = near.tokens(moved, near.length) if moved < near.length else None
-            leaving -= moved
+    if count:
+        near = _join(near, api.quantize_kv(recent[:, :, :count], codec.near, unweighted))
+    if near is not None and leaving > 0:
+        far = _join(far, api.requantize_kv(near.tokens(0, leaving), codec.far, statistics))
+        near = near.tokens(leaving, near.length) if leaving < near.length else None
     return KVView(sinks, _owned_packed(far), _owned_packed(near), _owned(recent[:, :, count:]), statistics)
 
 
