@@ -119,7 +119,7 @@ def test_a_bias_far_above_the_spread_costs_no_precision() -> None:
 def test_packed_tokens_are_packed_again_as_by_the_reference(
     head_dim: int, near_bits: int, bits: int, scale: str, weigh: bool
 ) -> None:
-    x = keys(2, 70, head_dim)
+    x = keys(1 if weigh else 2, 70, head_dim)
     statistics = head_statistics(x, center=True, weigh=weigh, unit=True)
     unweighted = HeadStatistics(statistics.mean, None, statistics.scale_unit)
     near = api.quantize_kv(x, grid(head_dim, near_bits, scale), unweighted, impl="reference")
@@ -187,4 +187,8 @@ def test_refusals() -> None:
         api.dequantize_kv(five, torch.float32, impl="triton")
     with pytest.raises(BackendError, match="bits=5: it reads"):
         api.requantize_kv(five, grid(64, 3), weighted, impl="triton")
+    large = api.quantize_kv(torch.ones(1, 1, 3, 192, device=DEVICE), grid(192, 6))
+    weighted = HeadStatistics(weights=torch.ones(1, 1, 1, 192))
+    with pytest.raises(BackendError, match="head_dim=192 with weights of channels: it serves up to 128"):
+        api.requantize_kv(large, grid(192, 4), weighted, impl="triton")
     assert api.quantize_kv(x, Other(64, 4)).codes.shape == (1, 1, 3, 32)

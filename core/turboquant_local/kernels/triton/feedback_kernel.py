@@ -13,8 +13,10 @@ from turboquant_local.kernels.triton.quantize_kernel import (
     refined,
 )
 
-_PANEL = tl.constexpr(16)
+PANEL = 16
 """Coordinates between two matrix products; inside a panel errors are passed on one by one."""
+
+_PANEL = tl.constexpr(PANEL)
 
 
 @triton.jit
@@ -84,18 +86,20 @@ def weigh(rotation, weights, passed_on, metric, D: tl.constexpr, DP: tl.constexp
 
 @triton.jit(do_not_specialize=["tokens", "heads"])
 def feedback_tiles(
-    near_codes, near_scales, units, passed_on, codes, tokens, heads,
+    near_codes, near_scales, units, passed_on, scratch, codes, tokens, heads,
     code_stride_b, code_stride_h, scale_stride_b, scale_stride_h,
     D: tl.constexpr, DP: tl.constexpr, NEAR_BITS: tl.constexpr, BITS: tl.constexpr, SHARES: tl.constexpr,
     BT: tl.constexpr,
 ):  # fmt: skip
-    """Code a tile of BT vectors that are on a grid already, each error made up for by later coordinates.
+    """Code tiles of BT vectors that are on a grid already, each error made up for by later coordinates.
 
     Args:
         near_codes: As for `quantize_kernel.requantize_tiles`, and so are those not named here.
         near_scales: Likewise.
         units: Likewise.
         passed_on: See `weigh`.
+        scratch: `[programs, 2 * PANEL, BT]` float32, where a panel changes hands: before its coordinates are coded, so
+            that a thread has them all, and after, for the matrix product.
         codes: Out, `[pairs, tokens, D * BITS / 8]` uint8.
         tokens: Vectors of a pair.
         heads: Heads.
@@ -110,35 +114,71 @@ def feedback_tiles(
         SHARES: See `quantize_kernel.best_grid`.
         BT: Vectors of a tile.
     """
-    pair = tl.program_id(1)
-    token = tl.program_id(0) * BT + tl.arange(0, BT)[:, None]
-    shown = token < tokens
-    y, _, _ = packed_tile(
-        near_codes, near_scales, units, pair, heads, token, shown,
-        code_stride_b, code_stride_h, scale_stride_b, scale_stride_h, NEAR_BITS, D, DP,
-    )  # fmt: skip
-    inverse, _, _ = best_grid(y, BITS, SHARES, D)
     TOP: tl.constexpr = 2**BITS - 1
-    target = y * (inverse * TOP)[:, None]  # in steps
-    channel = tl.arange(0, DP)
     PANELS: tl.constexpr = DP // _PANEL
+    pair = tl.program_id(1)
+    passed_on += pair.to(tl.int64) * DP * DP
     panel = tl.arange(0, PANELS)[None, :, None]
     inner = tl.arange(0, _PANEL)
-    for p in tl.range(0, (D + _PANEL - 1) // _PANEL, num_stages=1):
-        block = tl.sum(tl.where(panel == p, tl.reshape(target, [BT, PANELS, _PANEL]), 0.0), 1)
-        rows = passed_on + pair.to(tl.int64) * DP * DP + p * _PANEL * DP
-        for i in tl.static_range(_PANEL):
-            now = tl.sum(tl.where(inner[None, :] == i, block, 0.0), 1)
-            error = now - levels_of(coded(now, 1.0 / TOP, BITS), BITS)
-            block -= error[:, None] * tl.load(rows + i * DP + p * _PANEL + inner)[None, :]
-        level = levels_of(coded(block, 1.0 / TOP, BITS), BITS)
-        later = tl.load(rows + inner[:, None] * DP + channel[None, :])
-        target = tl.dot(level - block, later, acc=target, input_precision="tf32x3")
-        # What is done makes room for its levels.
-        kept = tl.where(panel == p, level[:, None, :], tl.reshape(target, [BT, PANELS, _PANEL]))
-        target = tl.reshape(kept, [BT, DP])
-    row = pair.to(tl.int64) * tokens + token
-    store_codes(codes + row * (D * BITS // 8), (target + TOP / 2).to(tl.int32), shown, BITS, D)
+    row = tl.arange(0, BT)
+    channel = tl.arange(0, DP)
+    scratch += (pair * tl.num_programs(0) + tl.program_id(0)) * (2 * _PANEL * BT)
+    transposed = scratch + inner[None, :] * BT + row[:, None]
+    for tile in tl.range(tl.program_id(0), tl.cdiv(tokens, BT), tl.num_programs(0), num_stages=1):
+        token = tile * BT + row[:, None]
+        shown = token < tokens
+        y, _, _ = packed_tile(
+            near_codes, near_scales, units, pair, heads, token, shown,
+            code_stride_b, code_stride_h, scale_stride_b, scale_stride_h, NEAR_BITS, D, DP,
+        )  # fmt: skip
+        inverse, _, _ = best_grid(y, BITS, SHARES, D)
+        target = y * (inverse * TOP)[:, None]  # in steps
+        for p in tl.range(0, (D + _PANEL - 1) // _PANEL, num_stages=1):
+            parts = tl.reshape(target, [BT, PANELS, _PANEL])
+            tl.store(transposed, tl.sum(tl.where(panel == p, parts, 0.0), 1))
+            tl.debug_barrier()
+            rows = passed_on + p * _PANEL * (DP + 1)
+            _code_panel(scratch + row, rows, BT, DP, BITS)
+            tl.debug_barrier()
+            block = tl.load(transposed + _PANEL * BT)
+            level = levels_of(coded(block, 1.0 / TOP, BITS), BITS)
+            later = tl.load(passed_on + (p * _PANEL + inner[:, None]) * DP + channel[None, :])
+            target = tl.dot(level - block, later, acc=target, input_precision="tf32x3")
+            # What is done makes room for its levels.
+            kept = tl.where(panel == p, level[:, None, :], tl.reshape(target, [BT, PANELS, _PANEL]))
+            target = tl.reshape(kept, [BT, DP])
+        code = (target + TOP / 2).to(tl.int32)
+        store_codes(codes + (pair.to(tl.int64) * tokens + token) * (D * BITS // 8), code, shown, BITS, D)
+
+
+@triton.jit
+def _one(x):
+    return (x,)
+
+
+@triton.jit
+def _code_panel(at, rows, BT: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
+    """Targets of a panel's coordinates, with the errors of those before; a thread has one token, all coordinates.
+
+    Args:
+        at: `[tokens]` pointers to the first coordinate; those of the others are BT further each. Behind these, the
+            results go to.
+        rows: Pointer to the panel's own square of `passed_on`.
+        BT: Tokens.
+        DP: Length of a row.
+        BITS: 1 to 8.
+    """
+    targets = _one(tl.load(at))
+    for i in tl.static_range(1, _PANEL):
+        targets += (tl.load(at + i * BT),)
+    for i in tl.static_range(_PANEL):
+        now = targets[0]
+        tl.store(at + (_PANEL + i) * BT, now)
+        error = now - levels_of(coded(now, 1.0 / (2**BITS - 1), BITS), BITS)
+        later = targets[:0]
+        for j in tl.static_range(i + 1, _PANEL):
+            later += (targets[j - i] - error * tl.load(rows + i * DP + j),)
+        targets = later
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "factor"])

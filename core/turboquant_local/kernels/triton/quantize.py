@@ -14,7 +14,7 @@ from turboquant_local.codec.quantizer import MSEQuantizer, Quantizer
 from turboquant_local.codec.statistics import HeadStatistics
 from turboquant_local.kernels.layout import PackedKV
 from turboquant_local.kernels.triton.devices import multiprocessors, unserved
-from turboquant_local.kernels.triton.feedback_kernel import feedback_tiles, finish_tiles, weigh
+from turboquant_local.kernels.triton.feedback_kernel import PANEL, feedback_tiles, finish_tiles, weigh
 from turboquant_local.kernels.triton.quantize_kernel import quantize_tiles, requantize_tiles
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -58,7 +58,10 @@ def quantize_refusal(x: torch.Tensor, quantizer: Quantizer, statistics: HeadStat
 
 def requantize_refusal(packed: PackedKV, quantizer: Quantizer, statistics: HeadStatistics) -> str | None:
     """Why `requantize_kv` does not serve this call, or None."""
-    return packed_refusal(packed) or _unknown(quantizer)
+    reason = packed_refusal(packed) or _unknown(quantizer)
+    if reason is None and statistics.weights is not None and quantizer.head_dim > 128:
+        return f"head_dim={quantizer.head_dim} with weights of channels: it serves up to 128"
+    return reason
 
 
 def packed_refusal(packed: PackedKV) -> str | None:
@@ -135,14 +138,15 @@ def requantize_kv(packed: PackedKV, quantizer: Quantizer, statistics: HeadStatis
         source[2] = out.scale_unit.contiguous()
     sizes = (tokens, heads, *strides)
     factor = grid_step(head_dim, near.bits) / grid_step(head_dim, quantizer.bits)
-    padded = triton.next_power_of_2(head_dim)
+    padded, pairs = triton.next_power_of_2(head_dim), batch * heads
     options = {
         "D": head_dim, "DP": padded, "NEAR_BITS": near.bits, "BITS": quantizer.bits,
         "SHARES": FACTORS.get(quantizer.bits, (1.0,)),
     }  # fmt: skip
 
-    def grid(tile: int) -> tuple[int, int]:
-        return triton.cdiv(tokens, tile), batch * heads
+    def grid(tile: int, programs: int | None = None) -> tuple[int, int]:
+        tiles = triton.cdiv(tokens, tile)
+        return tiles if programs is None else min(tiles, max(1, programs // pairs)), pairs
 
     if statistics.weights is None:
         requantize_tiles[grid(32)](
@@ -151,8 +155,10 @@ def requantize_kv(packed: PackedKV, quantizer: Quantizer, statistics: HeadStatis
         return out
     passed_on, metric = _weighed(quantizer, statistics.weights, padded)
     rough = torch.empty_like(out.codes)
-    tile = 64 if padded <= 128 else 16
-    feedback_tiles[grid(tile)](*source, passed_on, rough, *sizes, **options, BT=tile, num_warps=4)
+    tile = 64
+    programs = grid(tile, 2 * multiprocessors(rough.device))
+    scratch = torch.empty(*programs, 2 * PANEL, tile, dtype=torch.float32, device=rough.device)
+    feedback_tiles[programs](*source, passed_on, scratch, rough, *sizes, **options, BT=tile, num_warps=4)
     finish_tiles[grid(tile)](
         *source, metric, rough, out.codes, out.scales, *sizes, factor, **options,
         SCALE=quantizer.scale, BT=tile, num_warps=8 if padded == 128 else 4,
