@@ -35,7 +35,7 @@ def dequantize_kv(packed: PackedKV, dtype: torch.dtype) -> torch.Tensor:
     terms = _terms(quantizer, out.device)
     *source, strides = packed_source(packed)
     if tokens:
-        _dequantize_tiles[(triton.cdiv(tokens, _TILE), batch * heads)](
+        _dequantize_tiles[(batch * heads, triton.cdiv(tokens, _TILE))](
             *source, out if packed.mean is None else packed.mean.contiguous(), terms, out,
             tokens, heads, *strides, grid_step(head_dim, quantizer.bits) / head_dim,
             D=head_dim, DP=terms.shape[1], BITS=quantizer.bits, MEAN=packed.mean is not None,
@@ -92,8 +92,8 @@ def _dequantize_tiles(
         BT: Vectors of a tile.
         BLOCK: Channels at once.
     """
-    pair = tl.program_id(1)
-    token = tl.program_id(0) * BT + tl.arange(0, BT)[:, None]
+    pair = tl.program_id(0)
+    token = tl.program_id(1) * BT + tl.arange(0, BT)[:, None]
     shown = token < tokens
     batch, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     unit = tl.load(units + pair) if scales.dtype.element_ty == tl.uint8 else 1.0

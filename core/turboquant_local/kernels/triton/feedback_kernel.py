@@ -116,15 +116,15 @@ def feedback_tiles(
     """
     TOP: tl.constexpr = 2**BITS - 1
     PANELS: tl.constexpr = DP // _PANEL
-    pair = tl.program_id(1)
+    pair = tl.program_id(0)
     passed_on += pair.to(tl.int64) * DP * DP
     panel = tl.arange(0, PANELS)[None, :, None]
     inner = tl.arange(0, _PANEL)
     row = tl.arange(0, BT)
     channel = tl.arange(0, DP)
-    scratch += (pair * tl.num_programs(0) + tl.program_id(0)) * (2 * _PANEL * BT)
+    scratch += (pair * tl.num_programs(1) + tl.program_id(1)) * (2 * _PANEL * BT)
     transposed = scratch + inner[None, :] * BT + row[:, None]
-    for tile in tl.range(tl.program_id(0), tl.cdiv(tokens, BT), tl.num_programs(0), num_stages=1):
+    for tile in tl.range(tl.program_id(1), tl.cdiv(tokens, BT), tl.num_programs(1), num_stages=1):
         token = tile * BT + row[:, None]
         shown = token < tokens
         y, _, _ = packed_tile(
@@ -215,8 +215,8 @@ def finish_tiles(
         SCALE: Kind of scale, as in `MSEQuantizer`, in the metric.
         BT: Likewise.
     """
-    pair = tl.program_id(1)
-    token = tl.program_id(0) * BT + tl.arange(0, BT)[:, None]
+    pair = tl.program_id(0)
+    token = tl.program_id(1) * BT + tl.arange(0, BT)[:, None]
     shown = token < tokens
     y, near_scale, unit = packed_tile(
         near_codes, near_scales, units, pair, heads, token, shown,

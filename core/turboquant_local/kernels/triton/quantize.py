@@ -36,8 +36,8 @@ class Launch:
 
     tile: int = 64
     warps: int = 4
-    programs: int = 4
-    stages: int = 2
+    programs: int = 3
+    stages: int = 1
 
 
 def quantize_refusal(x: torch.Tensor, quantizer: Quantizer, statistics: HeadStatistics) -> str | None:
@@ -113,7 +113,7 @@ def quantize_kv(
     launch = launch or (Launch() if block == padded else Launch(tile=32, programs=2, stages=1))
     pairs = batch * heads
     each = max(1, launch.programs * multiprocessors(x.device) // pairs)
-    quantize_tiles[(min(each, triton.cdiv(tokens, launch.tile)), pairs)](
+    quantize_tiles[(pairs, min(each, triton.cdiv(tokens, launch.tile)))](
         x, x if packed.mean is None else packed.mean.to(x.dtype).contiguous(), matrix,
         x if packed.scale_unit is None else packed.scale_unit.contiguous(), packed.codes, packed.scales,
         tokens, heads, *x.stride()[:3], factor / grid_step(head_dim, quantizer.bits),
@@ -146,7 +146,7 @@ def requantize_kv(packed: PackedKV, quantizer: Quantizer, statistics: HeadStatis
 
     def grid(tile: int, programs: int | None = None) -> tuple[int, int]:
         tiles = triton.cdiv(tokens, tile)
-        return tiles if programs is None else min(tiles, max(1, programs // pairs)), pairs
+        return pairs, tiles if programs is None else min(tiles, max(1, programs // pairs))
 
     if statistics.weights is None:
         requantize_tiles[grid(32)](

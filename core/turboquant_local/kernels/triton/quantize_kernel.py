@@ -207,7 +207,7 @@ def quantize_tiles(
         BT: Vectors of a tile.
         STAGES: Tiles on their way at once.
     """
-    pair = tl.program_id(1)
+    pair = tl.program_id(0)
     whole = matrix
     if BLOCK == DP:  # small enough to stay in shared memory
         k = tl.arange(0, DP)
@@ -217,7 +217,7 @@ def quantize_tiles(
         centre = tl.max(rotated(mean + pair * D + rows * 0, matrix, rows >= 0, whole, BLOCK, D, DP), 0)
     unit = tl.load(units + pair) if scales.dtype.element_ty == tl.uint8 else 1.0
     x += (pair // heads).to(tl.int64) * stride_b + (pair % heads).to(tl.int64) * stride_h
-    for tile in tl.range(tl.program_id(0), tl.cdiv(tokens, BT), tl.num_programs(0), num_stages=STAGES):
+    for tile in tl.range(tl.program_id(1), tl.cdiv(tokens, BT), tl.num_programs(1), num_stages=STAGES):
         token = tile * BT + rows
         shown = token < tokens
         y = rotated(x + token.to(tl.int64) * stride_t, matrix, shown, whole, BLOCK, D, DP)
@@ -257,8 +257,8 @@ def requantize_tiles(
         SCALE: Kind of scale, as in `MSEQuantizer`.
         BT: Vectors of a tile.
     """
-    pair = tl.program_id(1)
-    token = tl.program_id(0) * BT + tl.arange(0, BT)[:, None]
+    pair = tl.program_id(0)
+    token = tl.program_id(1) * BT + tl.arange(0, BT)[:, None]
     shown = token < tokens
     y, near_scale, unit = packed_tile(
         near_codes, near_scales, units, pair, heads, token, shown,
