@@ -21,7 +21,7 @@ from turboquant_local import TurboQuantCache
 
 CONTEXTS = (8192, 32768)
 PRESETS = ("balanced", "compact", "extreme")
-REPEATS = 5
+REPEATS = 3
 
 
 def build(layers: int) -> LlamaForCausalLM:

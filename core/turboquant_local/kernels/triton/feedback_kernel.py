@@ -13,10 +13,8 @@ from turboquant_local.kernels.triton.quantize_kernel import (
     refined,
 )
 
-PANEL = 16
+_PANEL = tl.constexpr(16)
 """Coordinates between two matrix products; inside a panel errors are passed on one by one."""
-
-_PANEL = tl.constexpr(PANEL)
 
 
 @triton.jit
@@ -84,22 +82,71 @@ def weigh(rotation, weights, passed_on, metric, D: tl.constexpr, DP: tl.constexp
         rest = tl.dot(share, -tl.trans(columns), acc=rest, input_precision="tf32x3")
 
 
+@triton.jit
+def _in_core_order(x):
+    """Channels as the tensor core hands out columns, so that those of a panel belong to one thread: names alone."""
+    DP: tl.constexpr = x.shape[1]
+    return tl.reshape(tl.permute(tl.reshape(x, [x.shape[0], 4, DP // 8, 2]), [0, 2, 1, 3]), [x.shape[0], DP])
+
+
+@triton.jit
+def _in_own_order(x):
+    """The inverse of `_in_core_order`."""
+    DP: tl.constexpr = x.shape[1]
+    return tl.reshape(tl.permute(tl.reshape(x, [x.shape[0], DP // 8, 4, 2]), [0, 2, 1, 3]), [x.shape[0], DP])
+
+
+@triton.jit
+def _column(x, i: tl.constexpr):
+    """A column alone; where a thread has all of them, no instruction: integers that are 0 add for nothing."""
+    bits = tl.where(tl.arange(0, x.shape[1])[None, :] == i, x.to(tl.int32, bitcast=True), 0)
+    return tl.sum(bits, 1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _first_column(x):
+    return (_column(x, 0),)
+
+
+@triton.jit
+def _code_panel(block, rows, DP: tl.constexpr, BITS: tl.constexpr):
+    """Targets of a panel's coordinates, given those without the errors of the panel itself.
+
+    Args:
+        block: `[tokens, PANEL]` float32.
+        rows: Pointer to the panel's own square of `passed_on`.
+        DP: Length of a row.
+        BITS: 1 to 8.
+    """
+    inner = tl.arange(0, _PANEL)[None, :]
+    targets = _first_column(block)
+    for i in tl.static_range(1, _PANEL):
+        targets += (_column(block, i),)
+    for i in tl.static_range(_PANEL):
+        now = targets[0]
+        block = tl.where(inner == i, now[:, None], block)
+        error = now - levels_of(coded(now, 1.0 / (2**BITS - 1), BITS), BITS)
+        later = targets[:0]
+        for j in tl.static_range(i + 1, _PANEL):
+            later += (targets[j - i] - error * tl.load(rows + i * DP + j),)
+        targets = later
+    return block
+
+
 @triton.jit(do_not_specialize=["tokens", "heads"])
 def feedback_tiles(
-    near_codes, near_scales, units, passed_on, scratch, codes, tokens, heads,
+    near_codes, near_scales, units, passed_on, codes, tokens, heads,
     code_stride_b, code_stride_h, scale_stride_b, scale_stride_h,
     D: tl.constexpr, DP: tl.constexpr, NEAR_BITS: tl.constexpr, BITS: tl.constexpr, SHARES: tl.constexpr,
     BT: tl.constexpr,
 ):  # fmt: skip
-    """Code tiles of BT vectors that are on a grid already, each error made up for by later coordinates.
+    """Code a tile of BT vectors that are on a grid already, each error made up for by later coordinates.
 
     Args:
         near_codes: As for `quantize_kernel.requantize_tiles`, and so are those not named here.
         near_scales: Likewise.
         units: Likewise.
         passed_on: See `weigh`.
-        scratch: `[programs, 2 * PANEL, BT]` float32, where a panel changes hands: before its coordinates are coded, so
-            that a thread has them all, and after, for the matrix product.
         codes: Out, `[pairs, tokens, D * BITS / 8]` uint8.
         tokens: Vectors of a pair.
         heads: Heads.
@@ -114,71 +161,34 @@ def feedback_tiles(
         SHARES: See `quantize_kernel.best_grid`.
         BT: Vectors of a tile.
     """
-    TOP: tl.constexpr = 2**BITS - 1
-    PANELS: tl.constexpr = DP // _PANEL
     pair = tl.program_id(0)
-    passed_on += pair.to(tl.int64) * DP * DP
+    token = tl.program_id(1) * BT + tl.arange(0, BT)[:, None]
+    shown = token < tokens
+    y, _, _ = packed_tile(
+        near_codes, near_scales, units, pair, heads, token, shown,
+        code_stride_b, code_stride_h, scale_stride_b, scale_stride_h, NEAR_BITS, D, DP,
+    )  # fmt: skip
+    inverse, _, _ = best_grid(y, BITS, SHARES, D)
+    TOP: tl.constexpr = 2**BITS - 1
+    target = _in_core_order(y * (inverse * TOP)[:, None])  # in steps
+    PANELS: tl.constexpr = DP // _PANEL
     panel = tl.arange(0, PANELS)[None, :, None]
     inner = tl.arange(0, _PANEL)
-    row = tl.arange(0, BT)
-    channel = tl.arange(0, DP)
-    scratch += (pair * tl.num_programs(1) + tl.program_id(1)) * (2 * _PANEL * BT)
-    transposed = scratch + inner[None, :] * BT + row[:, None]
-    for tile in tl.range(tl.program_id(1), tl.cdiv(tokens, BT), tl.num_programs(1), num_stages=1):
-        token = tile * BT + row[:, None]
-        shown = token < tokens
-        y, _, _ = packed_tile(
-            near_codes, near_scales, units, pair, heads, token, shown,
-            code_stride_b, code_stride_h, scale_stride_b, scale_stride_h, NEAR_BITS, D, DP,
-        )  # fmt: skip
-        inverse, _, _ = best_grid(y, BITS, SHARES, D)
-        target = y * (inverse * TOP)[:, None]  # in steps
-        for p in tl.range(0, (D + _PANEL - 1) // _PANEL, num_stages=1):
-            parts = tl.reshape(target, [BT, PANELS, _PANEL])
-            tl.store(transposed, tl.sum(tl.where(panel == p, parts, 0.0), 1))
-            tl.debug_barrier()
-            rows = passed_on + p * _PANEL * (DP + 1)
-            _code_panel(scratch + row, rows, BT, DP, BITS)
-            tl.debug_barrier()
-            block = tl.load(transposed + _PANEL * BT)
-            level = levels_of(coded(block, 1.0 / TOP, BITS), BITS)
-            later = tl.load(passed_on + (p * _PANEL + inner[:, None]) * DP + channel[None, :])
-            target = tl.dot(level - block, later, acc=target, input_precision="tf32x3")
-            # What is done makes room for its levels.
-            kept = tl.where(panel == p, level[:, None, :], tl.reshape(target, [BT, PANELS, _PANEL]))
-            target = tl.reshape(kept, [BT, DP])
-        code = (target + TOP / 2).to(tl.int32)
-        store_codes(codes + (pair.to(tl.int64) * tokens + token) * (D * BITS // 8), code, shown, BITS, D)
-
-
-@triton.jit
-def _one(x):
-    return (x,)
-
-
-@triton.jit
-def _code_panel(at, rows, BT: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
-    """Targets of a panel's coordinates, with the errors of those before; a thread has one token, all coordinates.
-
-    Args:
-        at: `[tokens]` pointers to the first coordinate; those of the others are BT further each. Behind these, the
-            results go to.
-        rows: Pointer to the panel's own square of `passed_on`.
-        BT: Tokens.
-        DP: Length of a row.
-        BITS: 1 to 8.
-    """
-    targets = _one(tl.load(at))
-    for i in tl.static_range(1, _PANEL):
-        targets += (tl.load(at + i * BT),)
-    for i in tl.static_range(_PANEL):
-        now = targets[0]
-        tl.store(at + (_PANEL + i) * BT, now)
-        error = now - levels_of(coded(now, 1.0 / (2**BITS - 1), BITS), BITS)
-        later = targets[:0]
-        for j in tl.static_range(i + 1, _PANEL):
-            later += (targets[j - i] - error * tl.load(rows + i * DP + j),)
-        targets = later
+    channel = tl.max(_in_core_order(tl.arange(0, DP)[None, :]), 0)
+    for p in tl.range(0, (D + _PANEL - 1) // _PANEL, num_stages=1):
+        parts = tl.reshape(_in_own_order(target), [BT, PANELS, _PANEL])
+        block = tl.sum(tl.where(panel == p, parts, 0.0), 1)
+        rows = passed_on + pair.to(tl.int64) * DP * DP + p * _PANEL * DP
+        later = tl.load(rows + inner[:, None] * DP + channel[None, :])
+        block = _code_panel(block, rows + p * _PANEL, DP, BITS)
+        level = levels_of(coded(block, 1.0 / TOP, BITS), BITS)
+        target = tl.dot(level - block, later, acc=target, input_precision="tf32x3")
+        # What is done makes room for its levels.
+        kept = tl.where(panel == p, level[:, None, :], tl.reshape(_in_own_order(target), [BT, PANELS, _PANEL]))
+        target = _in_core_order(tl.reshape(kept, [BT, DP]))
+    row = pair.to(tl.int64) * tokens + token
+    code = (_in_own_order(target) + TOP / 2).to(tl.int32)
+    store_codes(codes + row * (D * BITS // 8), code, shown, BITS, D)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "factor"])

@@ -14,7 +14,7 @@ from turboquant_local.codec.quantizer import MSEQuantizer, Quantizer
 from turboquant_local.codec.statistics import HeadStatistics
 from turboquant_local.kernels.layout import PackedKV
 from turboquant_local.kernels.triton.devices import multiprocessors, unserved
-from turboquant_local.kernels.triton.feedback_kernel import PANEL, feedback_tiles, finish_tiles, weigh
+from turboquant_local.kernels.triton.feedback_kernel import feedback_tiles, finish_tiles, weigh
 from turboquant_local.kernels.triton.quantize_kernel import quantize_tiles, requantize_tiles
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -144,9 +144,8 @@ def requantize_kv(packed: PackedKV, quantizer: Quantizer, statistics: HeadStatis
         "SHARES": FACTORS.get(quantizer.bits, (1.0,)),
     }  # fmt: skip
 
-    def grid(tile: int, programs: int | None = None) -> tuple[int, int]:
-        tiles = triton.cdiv(tokens, tile)
-        return pairs, tiles if programs is None else min(tiles, max(1, programs // pairs))
+    def grid(tile: int) -> tuple[int, int]:
+        return pairs, triton.cdiv(tokens, tile)
 
     if statistics.weights is None:
         requantize_tiles[grid(32)](
@@ -156,12 +155,10 @@ def requantize_kv(packed: PackedKV, quantizer: Quantizer, statistics: HeadStatis
     passed_on, metric = _weighed(quantizer, statistics.weights, padded)
     rough = torch.empty_like(out.codes)
     tile = 64
-    programs = grid(tile, 2 * multiprocessors(rough.device))
-    scratch = torch.empty(*programs, 2 * PANEL, tile, dtype=torch.float32, device=rough.device)
-    feedback_tiles[programs](*source, passed_on, scratch, rough, *sizes, **options, BT=tile, num_warps=4)
+    feedback_tiles[grid(tile)](*source, passed_on, rough, *sizes, **options, BT=tile, num_warps=4)
     finish_tiles[grid(tile)](
         *source, metric, rough, out.codes, out.scales, *sizes, factor, **options,
-        SCALE=quantizer.scale, BT=tile, num_warps=8 if padded == 128 else 4,
+        SCALE=quantizer.scale, BT=tile, num_warps=4,
     )  # fmt: skip
     return out
 
