@@ -45,6 +45,18 @@ def test_tokens_are_packed_as_on_the_cpu_but_for_ties(near_bits: int, bits: int,
         torch.testing.assert_close(*scales, rtol=0.03, atol=0)  # of 8 bits, a step
 
 
+def test_codes_do_not_depend_on_how_tokens_arrived() -> None:
+    x = torch.randn(2, 4, 1000, 128, generator=torch.Generator().manual_seed(0)).cuda()
+    near, far = MSEQuantizer(128, 6, codebook="grid"), MSEQuantizer(128, 4, scale_bits=8, codebook="grid")
+    statistics = head_statistics(x, center=True, weigh=True, unit=True)
+    unweighted = dataclasses.replace(statistics, weights=None)
+    whole = api.requantize_kv(api.quantize_kv(x, near, unweighted), far, statistics)
+    for start, stop in ((0, 32), (32, 33), (33, 1000)):
+        part = api.requantize_kv(api.quantize_kv(x[:, :, start:stop], near, unweighted), far, statistics)
+        assert torch.equal(part.codes, whole.codes[:, :, start:stop])
+        assert torch.equal(part.scales, whole.scales[:, :, start:stop])
+
+
 def test_identity_gives_the_tokens_of_the_dynamic_cache(model: LlamaForCausalLM) -> None:
     ids = torch.randint(0, 512, (2, 300), generator=torch.Generator().manual_seed(1)).cuda()
     mask = torch.ones_like(ids)
