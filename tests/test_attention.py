@@ -83,3 +83,14 @@ def test_what_no_path_can_do_is_refused(monkeypatch: pytest.MonkeyPatch, model: 
     x = torch.zeros(1, 2, 3, 32)
     with pytest.raises(BackendError, match=r"Gemma2Attention: .*use DynamicCache with this model"):
         turboquant_attention(module, x, x, x, None, softcap=5.0)
+
+
+def test_a_single_token_has_no_mask_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers would give it one of today's length."""
+    mask = AttentionMaskInterface()["turboquant"]
+    monkeypatch.setattr("transformers.utils.import_utils.is_cuda_stream_capturing", lambda: True)
+    sizes = {"batch_size": 1, "kv_length": 9, "q_offset": 8}
+    assert mask(**sizes, q_length=1) is None
+    assert mask(**sizes, q_length=1, local_size=4).shape == (1, 1, 1, 9)
+    assert mask(**sizes, q_length=1, attention_mask=torch.tensor([[0] + [1] * 8]).bool())[0, 0, 0].tolist()[0] is False
+    assert mask(**{**sizes, "q_offset": 7}, q_length=2)[0, 0].tolist() == [[True] * 8 + [False], [True] * 9]

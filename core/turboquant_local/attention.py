@@ -122,5 +122,23 @@ def _eager(
     return out
 
 
+def turboquant_mask(**kwargs: Any) -> torch.Tensor | None:
+    """Transformers' own mask, but none for a single token that sees all.
+
+    Transformers makes one for it while a CUDA graph is captured, of as many tokens as there are at that moment.
+
+    Args:
+        **kwargs: As for `sdpa_mask`.
+
+    Returns:
+        Bool `[batch, 1, q_length, kv_length]`, or None for plain causal.
+    """
+    plain = kwargs.get("allow_is_causal_skip", True) and kwargs.get("local_size") is None
+    if kwargs["q_length"] == 1 and kwargs.get("attention_mask") is None and plain:
+        return None
+    mask: torch.Tensor | None = sdpa_mask(**kwargs)
+    return mask
+
+
 AttentionInterface.register(ATTENTION_NAME, turboquant_attention)
-AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+AttentionMaskInterface.register(ATTENTION_NAME, turboquant_mask)

@@ -75,6 +75,9 @@ class CompressedLayer(DynamicLayer):
         self._k: KVView | None = None
         self._v: KVView | None = None
         self._constants: tuple[torch.Tensor, ...] = ()
+        # Buffers kept for decoding, and where in the window the next token goes: held here to be counted.
+        self._reserve: tuple[KVView, KVView] | None = None
+        self._slot: torch.Tensor | None = None
         self.is_initialized = False
 
     @property
@@ -147,6 +150,11 @@ class CompressedLayer(DynamicLayer):
         """Tokens held."""
         return 0 if self._k is None else self._k.shape[2]
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether any token is packed."""
+        return self._k is not None and bool(self._k.packed)
+
     def offload(self) -> None:
         """Move everything to the CPU."""
         self._map(lambda x: x.to("cpu", non_blocking=True))
@@ -162,7 +170,7 @@ class CompressedLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self._k = self._v = None
+        self._k = self._v = self._reserve = self._slot = None
         self._constants = ()
         self.is_initialized = False
 
