@@ -117,6 +117,18 @@ def test_buffers_are_kept_counted_and_let_go() -> None:
     assert fresh.vram_bytes() == alone.vram_bytes()
 
 
+def test_large_buffers_make_room_for_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("turboquant_local.engine.decode_loop._KEPT", 511)
+    model, prompt = model_of("llama"), random_tokens(1, 400)
+    cache, loop, there = TurboQuantCache(model.config), DecodeLoop(capture=False), []
+    for length in (300, 400):
+        assert (
+            loop.run(model, cache, prompt[:, :length], sampling(3), lambda _: there.append(loop._storage)) == "static"
+        )
+    assert [storage is None for storage in there] == [True, False, False] * 2
+    assert loop.run(model, TurboQuantCache(model.config), prompt, sampling(1), Collect(1)) == ""
+
+
 @pytest.mark.parametrize(
     ("name", "capture", "fields", "reason"),
     [
@@ -209,3 +221,60 @@ def test_an_error_frees_everything(make_engine: MakeEngine, monkeypatch: pytest.
     assert engine.vram_bytes() == 0
     assert engine._kept.decode_loop._storage is None
     assert engine.chat(CAPITAL).token_ids == expected.token_ids
+
+
+def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """A test of the graph itself."""
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
+
+
+@on_gpu
+@pytest.mark.parametrize("length", [20, 300])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_a_graph_gives_the_tokens_of_generate(name: str, length: int) -> None:
+    """Through the beginning of packing, far tokens, and a second turn in the buffers and the graph of the first."""
+    model, prompt = tiny_model(name, head_dim=64).cuda(), random_tokens(1, length).cuda()
+    theirs, ours = (TurboQuantCache(model.config, "identity", near_length=64) for _ in range(2))
+    loop = DecodeLoop()
+    for most in (200, 60):
+        expected = model.generate(
+            prompt, past_key_values=theirs, max_new_tokens=most, attention_mask=torch.ones_like(prompt)
+        )
+        settings, read = sampling(most), Collect(most)
+        assert loop.refusal(model, ours, settings.config) is None
+        assert loop.run(model, ours, prompt, settings, read) == "cuda graph"
+        assert read.ids == expected[0, prompt.shape[1] :].tolist()
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        assert ours.stats.materialized == 0
+        assert set(ours.stats.attention) <= {"exact", "reference", "triton"}
+        prompt = torch.cat([expected, random_tokens(1, 30, seed=1).cuda()], dim=1)
+
+
+@on_gpu
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": 1}, {"stop": ("5",)}], ids=str)
+def test_an_engine_decodes_by_a_graph(options: dict[str, Any], model_folder: str) -> None:
+    question = [Message("user", "What is the capital of France? " + "Count to nine: 1 2 3 4 5 6 7 8 9. " * 30)]
+    given = GenerationOptions(max_new_tokens=48, **options)
+    with ChatEngine(model_folder, device="cuda", dtype="float32") as engine:
+        first, again = engine.chat(question, options=given), engine.chat(question, options=given)
+        assert first.metrics.decoding == again.metrics.decoding == "cuda graph"
+        assert again.metrics.vram_bytes == engine.vram_bytes() == reachable_bytes(engine._kept.cache)
+        engine._kept.decode_loop.refusal = lambda *_: "told so"  # type: ignore[method-assign]
+        engine.reset()
+        eager = engine.chat(question, options=given)
+    assert eager.metrics.decoding == "eager: told so"
+    assert first.token_ids == again.token_ids == eager.token_ids
+    assert first.finish_reason == ("stop" if "stop" in options else "length")
+
+
+@on_gpu
+def test_what_cannot_be_captured_runs_as_it_is() -> None:
+    model, prompt = tiny_model("llama", head_dim=64).cuda(), random_tokens(1, 300).cuda()
+    expected = model.generate(prompt, past_key_values=TurboQuantCache(model.config, "identity"), max_new_tokens=20)
+    forward = model.model.norm.forward
+    model.model.norm.forward = lambda x: forward(x) if x.sum().item() is not None else x  # a wait for the device
+    read = Collect(20)
+    how = DecodeLoop().run(model, TurboQuantCache(model.config, "identity"), prompt, sampling(20), read)
+    assert how.startswith("eager: its step cannot be captured")
+    assert read.ids == expected[0, 300:].tolist()
+    assert torch.randn(3, device="cuda").isfinite().all()

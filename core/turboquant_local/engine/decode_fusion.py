@@ -48,7 +48,7 @@ def fused(model: Any) -> Iterator[int]:
         for file in files:
             original = getattr(file, "apply_rotary_pos_emb", None)
             if original is not None and _rotates_alike(original, kernels, sample):
-                file.apply_rotary_pos_emb = _with_rotary(original, kernels)  # type: ignore[attr-defined]
+                file.apply_rotary_pos_emb = _with_rotary(original, kernels, sample.device)  # type: ignore[attr-defined]
                 stack.callback(setattr, file, "apply_rotary_pos_emb", original)
                 count += 1
         yield count
@@ -73,13 +73,14 @@ def _rotates_alike(original: Callable[..., Any], kernels: Any, sample: torch.Ten
         return False
 
 
-def _with_rotary(original: Callable[..., Any], kernels: Any) -> Callable[..., Any]:
+def _with_rotary(original: Callable[..., Any], kernels: Any, device: torch.device) -> Callable[..., Any]:
     def rotary(
         q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         one = q.shape[:3:2] == k.shape[:3:2] == (1, 1) and cos.shape == sin.shape == (1, 1, q.shape[3])
         alike = q.dtype == k.dtype == cos.dtype and q.stride(3) == k.stride(3) == 1 and k.shape[3] == q.shape[3]
-        if one and alike and not args and not kwargs:
+        # Another model, in another thread, may call it meanwhile.
+        if one and alike and q.device == device and not args and not kwargs:
             return kernels.rotary(q, k, cos.contiguous(), sin.contiguous())
         return original(q, k, cos, sin, *args, **kwargs)
 

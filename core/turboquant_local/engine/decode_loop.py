@@ -18,6 +18,7 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from turboquant_local.cache import TurboQuantCache
 from turboquant_local.cache.static import StaticStorage, begins_packing, forget_buffers, static_refusal, window_length
 from turboquant_local.engine.decode_step import DecodeStep, forward
+from turboquant_local.engine.prefill import prefill
 from turboquant_local.engine.sampling import Sampling
 
 Read = Callable[[int], bool]
@@ -27,7 +28,11 @@ _AHEAD: Final = 4096
 """Tokens of a reply that room is made for at once, at most."""
 
 _SMALLEST_ROOM: Final = 512
-"""Room for far tokens comes in multiples of this, and of an eighth of the next power of two."""
+"""Room for far tokens comes in multiples of this, and of a sixteenth of the next power of two."""
+
+_KEPT: Final = 16_384
+"""Far tokens, at most, of buffers that stay while a prompt comes in: what it adds is joined to what there is in new
+memory, so for a while both take as much."""
 
 _SERVED: Final = (
     "max_new_tokens", "eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id", "repetition_penalty",
@@ -93,11 +98,14 @@ class DecodeLoop:
         Returns:
             How it was decoded, see `GenerationMetrics.decoding`.
         """
-        length, most = prompt.shape[1], sampling.config.max_new_tokens
+        length, held, most = prompt.shape[1], cache.get_seq_length(), sampling.config.max_new_tokens
         ids = torch.cat([prompt, prompt.new_empty(1, most)], dim=1)
         choose, fetch = _chooser(sampling), _Fetch(prompt.device)
-        scores = forward(model, cache, prompt[:, cache.get_seq_length() :])
+        if self._storage is not None and self._storage.far_capacity > _KEPT:
+            self.release(cache)
+        scores = prefill(model, cache, prompt[:, held:], max(0, cache.window_start(length - 1) - held))
         storage: StaticStorage | None = None
+        how = ""
         with getattr(model, "_optimize_model_for_decode", nullcontext)():
             for left in reversed(range(most)):
                 token = choose(ids[:, :length], scores)
@@ -115,7 +123,7 @@ class DecodeLoop:
                     continue
                 storage.advance()
                 assert self._step is not None
-                scores = self._step(cache, token, length - 1)
+                scores, how = self._step(cache, token, length - 1), self._step.how
                 if not at_once and read(fetch.wait()):
                     storage.drop_last()
                     break
@@ -123,7 +131,7 @@ class DecodeLoop:
             storage.give_back(cache)
         elif self._storage is not None:
             self._storage.count_in(cache)
-        return "" if self._step is None else self._step.how
+        return how
 
     def _made_ready(
         self, model: Any, cache: TurboQuantCache, storage: StaticStorage | None, left: int
@@ -155,7 +163,7 @@ class DecodeLoop:
 
 def _room(far_length: int) -> int:
     """Far tokens to make room for: coarse, so that graphs serve many replies and are rarely made anew."""
-    step = max(_SMALLEST_ROOM, (1 << max(far_length - 1, 0).bit_length()) // 8)
+    step = max(_SMALLEST_ROOM, (1 << max(far_length - 1, 0).bit_length()) // 16)
     return max(1, -(-far_length // step)) * step
 
 

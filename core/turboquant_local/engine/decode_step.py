@@ -75,13 +75,13 @@ class DecodeStep:
         return self._scores
 
     def _record(self, cache: TurboQuantCache) -> None:
-        """Run the step to have everything compiled and allocated, then capture it. Each run writes the same place."""
+        """Run the step to have everything compiled and allocated, then capture it. Both write the same place."""
         before = Counter(cache.stats.attention)
         stream = torch.cuda.current_stream()
         try:
             with fused(self.model):
                 self._graph, self._scores = self._captured(cache, stream)
-            self._calls = Counter({name: count // 3 for name, count in (cache.stats.attention - before).items()})
+            self._calls = Counter({name: count // 2 for name, count in (cache.stats.attention - before).items()})
         except Exception as error:  # CUDA, torch, Triton and the model each have their own for what cannot be captured
             torch.cuda.set_stream(stream)
             _mend_random_state()
@@ -93,8 +93,7 @@ class DecodeStep:
         beside = torch.cuda.Stream()
         beside.wait_stream(stream)
         with torch.cuda.stream(beside):
-            for _ in range(2):
-                forward(self.model, cache, self._ids, self._position)
+            forward(self.model, cache, self._ids, self._position)
         stream.wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on using the device.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -12,15 +10,13 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from turboquant_local.cache import TurboQuantCache
 from turboquant_local.config import TurboQuantConfig
-from turboquant_local.engine.decode_step import forward
 from turboquant_local.engine.loading import LoadedModel
 from turboquant_local.engine.metrics import collect_metrics, peak_memory, start_peak_memory
-from turboquant_local.engine.prompt_cache import PromptCache
+from turboquant_local.engine.prefill import prefill
+from turboquant_local.engine.prompt_cache import PromptCache, log_once
 from turboquant_local.engine.request import Request
 from turboquant_local.engine.text import StopStrings, TokenDecoder
 from turboquant_local.engine.types import ChatReply, FinishReason, ReasoningDelta, TextDelta, ToolCallDelta, Usage
-
-logger = logging.getLogger(__name__)
 
 Delta = TextDelta | ReasoningDelta | ToolCallDelta
 Emit = Callable[[Delta], None]
@@ -120,19 +116,17 @@ def _run(
 ) -> str:
     """Generate; returns how it was decoded."""
     prompt = torch.tensor([request.prompt_ids], device=model.device)  # [1, length]
-    # The part of the prompt that ends up packed is run first and alone. What is left is then the same, and is computed
-    # in the same way, whether or not the cache held that part already: a repeated prompt repeats its reply exactly.
-    packed = cache.window_start(prompt.shape[1] - 1)
-    if packed > cached_tokens:
-        forward(model, cache, prompt[:, cached_tokens:packed])
-    if request.is_cancelled():
-        reader.end = "cancelled"
-        return ""
     obstacle = kept.decode_loop.refusal(model, cache, request.sampling.config)
     if obstacle is None:
         decoding = kept.decode_loop.run(model, cache, prompt, request.sampling, reader.read)
     else:
         kept.decode_loop.release(cache)
+        packed = cache.window_start(prompt.shape[1] - 1)
+        if packed > cached_tokens:
+            prefill(model, cache, prompt[:, cached_tokens:packed], packed - cached_tokens)
+        if request.is_cancelled():
+            reader.end = "cancelled"
+            return ""
         decoding = f"eager: {obstacle}"
         # Given all ids and a mask of the same length, `generate` itself leaves out what the cache holds.
         model.generate(
@@ -144,7 +138,7 @@ def _run(
             stopping_criteria=StoppingCriteriaList([reader]),
         )
     if decoding.startswith("eager") and model.device.type == "cuda":
-        _log_once(f"{model.config.model_type}: tokens are decoded without a CUDA graph: {decoding}")
+        log_once(f"{model.config.model_type}: tokens are decoded without a CUDA graph: {decoding}")
     return decoding
 
 
@@ -179,8 +173,3 @@ def _reply(
         token_ids=token_ids,
         first_token_at=request.stopwatch.first_token_at,
     )
-
-
-@cache
-def _log_once(message: str) -> None:
-    logger.warning(message)

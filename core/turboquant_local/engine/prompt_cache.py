@@ -71,12 +71,13 @@ class PromptCache:
         # Layers that the settings themselves skip are no surprise.
         layers = {layer: reason for layer, reason in kept.bypassed.items() if reason != SKIPPED}
         if layers:
-            _log_once(
+            log_once(
                 f"{model.config.model_type}: {len(layers)} of {len(kept.layers)} layers keep an uncompressed cache: "
                 + ", ".join(f"{layer} ({reason})" for layer, reason in layers.items())
             )
 
 
 @cache
-def _log_once(message: str) -> None:
+def log_once(message: str) -> None:
+    """Warn of something that would come with every reply."""
     logger.warning(message)
