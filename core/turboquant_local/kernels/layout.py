@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -71,6 +71,9 @@ class KVView:
         near: The packed tokens after them, with more bits, or None.
         recent: `[batch, num_kv_heads, tokens, head_dim]` in the model's dtype.
         statistics: With which more tokens are to be packed, or None while nothing is.
+        lengths: Tokens in use of `sinks`, `far`, `near` and `recent`, int32 `[4]` on their device; or None if all
+            are. With it the shapes are capacities, and the tokens in use are the first of each buffer: so a captured
+            CUDA graph can go on while they grow.
     """
 
     sinks: torch.Tensor
@@ -78,6 +81,7 @@ class KVView:
     near: PackedKV | None
     recent: torch.Tensor
     statistics: HeadStatistics | None = None
+    lengths: torch.Tensor | None = None
 
     @property
     def packed(self) -> tuple[PackedKV, ...]:
@@ -94,6 +98,20 @@ class KVView:
         """`(batch, num_kv_heads, tokens, head_dim)` of the whole."""
         batch, heads, _, head_dim = self.recent.shape
         return batch, heads, self.sinks.shape[2] + self.packed_length + self.recent.shape[2], head_dim
+
+    def in_use(self) -> KVView:
+        """A view of the tokens in use, without `lengths`, which are read on the host: that waits for the device."""
+        if self.lengths is None:
+            return self
+        sinks, far, near, recent = self.lengths.tolist()
+        return replace(
+            self,
+            sinks=self.sinks[:, :, :sinks],
+            far=self.far.tokens(0, far) if self.far and far else None,
+            near=self.near.tokens(0, near) if self.near and near else None,
+            recent=self.recent[:, :, :recent],
+            lengths=None,
+        )
 
 
 def vector_bytes(quantizer: Quantizer, dtype: torch.dtype) -> int:
