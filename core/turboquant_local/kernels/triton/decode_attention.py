@@ -34,7 +34,7 @@ class Launch:
     warps: int = 4
     tokens: int = 32
     stages: int = 3
-    waves: int = 2
+    waves: float = 2
     near: int = 2
     registers: int = 0
 
@@ -88,7 +88,7 @@ def attention(
     launch = launch or _launch(query, keys, values)
     tile = launch.warps * launch.tokens
     far_tiles, near_tiles = (triton.cdiv(part.length, tile) if part else 0 for part in (keys.far, keys.near))
-    programs = max(1, launch.waves * multiprocessors(query.device) // (pairs * chunks))
+    programs = max(1, int(launch.waves * multiprocessors(query.device)) // (pairs * chunks))
     near_shares = min(near_tiles, launch.near, max(1, programs - 1))
     others = 1 + near_shares
     apart, sharing = others, max(0, min(programs - others, far_tiles))
