@@ -1,103 +1,155 @@
-"""Device code of decode attention, a few programs a query: prepare it, and combine what its shares gave.
+"""Device code of decode attention around the tokens: rotate the queries before, merge the shares and rotate back after.
 
-Both are short and wait for memory most of the time, so whatever does not depend on something else is loaded first.
+The rotation comes as a sum of TERMS matrices in the type of the products: of bfloat16 one where that is exact (a
+Hadamard rotation), else two.
 """
 
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-INFINITY = tl.constexpr(float("inf"))
+from turboquant_local.kernels.triton.softmax import INFINITY, LOG2E
+from turboquant_local.kernels.triton.tiles import value_channels
+
+QUERY_LIFT = tl.constexpr(64.0)
+"""Rotated queries of norm 1 are held as so many times themselves: well inside float16 on both sides."""
 
 
-@triton.jit(do_not_specialize=["queries_per_kv_head"])
-def prepare(
-    q, rotation, mean, code, coefficient, offset, queries_per_kv_head,
-    D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr, MEAN: tl.constexpr,
+@triton.jit
+def _product(a, b, acc, TERMS: tl.constexpr):
+    """Add `a @ b`, with b in float32 rounded to two terms of a's type if that is a 16-bit one."""
+    high = b.to(a.dtype)
+    acc = tl.dot(a, high, acc=acc, input_precision="ieee")
+    if TERMS > 1 and a.dtype != tl.float32:
+        acc = tl.dot(a, (b - high.to(tl.float32)).to(a.dtype), acc=acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _add_both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def rotated(
+    q, rotation, mean, row, valid, channels, D: tl.constexpr, DP: tl.constexpr,
+    MEAN: tl.constexpr, TERMS: tl.constexpr, Q_TERMS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Rotate one query and divide it by its norm, so that it fits float16.
+    """Queries in the space of the codes.
 
     Args:
-        q: `[rows, D]`, rows = batch * num_q_heads * q_length.
-        rotation: `[D, D]` float32.
-        mean: `[batch * num_kv_heads, D]`, taken off the keys, or anything where MEAN is false.
-        code: Out, `[rows, D]`.
-        coefficient: Out, `[rows]` float32: the rotated query is `coefficient * code`.
-        offset: Out, `[rows]` float32: the query's product with the mean.
-        queries_per_kv_head: Rows that share a mean.
+        q: `[rows, D]`.
+        rotation: `[TERMS, D, D]`.
+        mean: `[D]`, the mean that was taken off the keys, or anything without MEAN.
+        row: Which queries, `[ROWS]`.
+        valid: Which of them there are.
+        channels: Which coordinates, `[DP]`; D for padding.
         D: Size of a head.
         DP: The next power of 2.
-        COLUMNS: Coordinates of the result that one program makes.
-        MEAN: Whether there is a mean.
+        MEAN: Whether there is one.
+        TERMS: Terms of the rotation.
+        Q_TERMS: Terms in which a query is exact enough.
+        COLUMNS: Coordinates of the query taken at once.
+
+    Returns:
+        `[DP, ROWS]` float32, every query divided by its norm, the norms, and the queries' products with the mean.
     """
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, DP)
-    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    matrix = tl.load(rotation + c[:, None] * D + k[None, :], mask=(c < D)[:, None] & (k < D)[None, :], other=0.0)
-    x = tl.load(q + row * D + k, mask=k < D, other=0.0).to(tl.float32)
-    norm = tl.maximum(tl.sqrt(tl.sum(x * x, 0)), 1e-30)
-    if MEAN:
-        center = tl.load(mean + row // queries_per_kv_head * D + k, mask=k < D, other=0.0).to(tl.float32)
-        tl.store(offset + row, tl.sum(x * center, 0))
-    tl.store(coefficient + row, norm)
-    tl.store(code + row * D + c, tl.sum(matrix * x[None, :], 1) / norm, mask=c < D)
+    square = tl.zeros([row.shape[0]], tl.float32)
+    along = tl.zeros([row.shape[0]], tl.float32)
+    x = tl.zeros([DP, row.shape[0]], tl.float32)
+    for start in tl.static_range(0, DP, COLUMNS):
+        k = start + tl.arange(0, COLUMNS)
+        matrix = rotation + channels[:, None] * D + k[None, :]
+        inside = (channels < D)[:, None] & (k < D)[None, :]
+        first = tl.load(matrix, mask=inside, other=0.0)
+        part = tl.load(q + row[None, :] * D + k[:, None], mask=valid[None, :] & (k < D)[:, None], other=0.0)
+        middle = tl.load(mean + k, mask=(k < D) & MEAN, other=0.0)  # before anything waits
+        part = part.to(tl.float32)
+        x = _product(first, part, x, Q_TERMS)
+        if TERMS > 1:
+            x = _product(tl.load(matrix + D * D, mask=inside, other=0.0), part, x, 1)
+        if MEAN:
+            more, further = tl.reduce((part * part, part * middle.to(tl.float32)[:, None]), 0, _add_both)  # waits once
+            along += further
+        else:
+            more = tl.sum(part * part, 0)
+        square += more
+    norm = tl.maximum(tl.sqrt(square), 1e-30)
+    return x * (1 / norm)[None, :], norm, along
 
 
-@triton.jit(do_not_specialize=["shares", "q_length"])
-def combine(
-    out, lse, sink_logits, rotation, result, shares, q_heads, q_length,
-    D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr, SINK: tl.constexpr, ROTATED: tl.constexpr,
-    SHARES: tl.constexpr,
+@triton.jit
+def _block(rotation, start, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, COLUMNS: tl.constexpr):
+    """COLUMNS columns of the rotation, from `start` on, as rows; its rows in the order of values' codes."""
+    c = start + tl.arange(0, COLUMNS)
+    channels = value_channels(tl.arange(0, DP), D, DP, BITS)
+    both = (c < D)[:, None] & (channels < D)[None, :]
+    return tl.load(rotation + channels[None, :] * D + c[:, None], mask=both, other=0.0)
+
+
+@triton.jit
+def merge(
+    out, lse, sink_logits, rotation, result, shares, first_row, first_head, present,
+    D: tl.constexpr, DP: tl.constexpr, NR: tl.constexpr, BITS: tl.constexpr, Q_LENGTH: tl.constexpr,
+    SINK: tl.constexpr, TERMS: tl.constexpr, SHARES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the shares of one query, and rotate what came from codes back.
+    """Merge the shares of some queries, and rotate what came from codes back.
 
     Args:
-        out: `[rows, shares, D]`, as `partials` leaves it.
-        lse: `[rows, shares]`.
+        out: `[shares, DP, NR]`, as `decode_kernels.attend` leaves it.
+        lse: `[shares, NR]`.
         sink_logits: `[q_heads]`, or anything where SINK is false.
-        rotation: `[D, D]` float32, or anything where ROTATED is false.
+        rotation: `[TERMS, D, D]`, or anything where BITS is 16.
         result: Out, `[rows, D]`.
         shares: Shares of the work.
-        q_heads: Query heads.
-        q_length: Query tokens.
+        first_row: The first query; the others follow.
+        first_head: Its number among the heads times Q_LENGTH plus its own among the query tokens.
+        present: How many queries there are, of NR.
         D: Size of a value.
         DP: The next power of 2.
-        COLUMNS: Coordinates of the result that one program makes.
+        NR: Queries, and room for some.
+        BITS: Of the values whose order `out` has.
+        Q_LENGTH: Query tokens.
         SINK: Whether there are sink logits.
-        ROTATED: Whether the codes of the values are in rotated space.
+        TERMS: Terms of the rotation.
         SHARES: Shares read at once.
+        COLUMNS: Coordinates of the result made at once; all with 16 bits.
     """
-    row = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, DP)
-    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    r = tl.arange(0, NR)
+    entry = tl.arange(0, DP * NR)
+    there = (value_channels(entry // NR, D, DP, BITS) < D) & (entry % NR < present)
     i = tl.arange(0, SHARES)
-    if ROTATED:
-        square = rotation + d[:, None] * D + c[None, :]
-        matrix = tl.load(square, mask=(d < D)[:, None] & (c < D)[None, :], other=0.0)
-    plain = tl.load(out + row * shares * D + c, mask=c < D, other=0.0)
-    first = tl.load(lse + row * shares)
-    top = tl.full([], -INFINITY, tl.float32)
-    mass = tl.full([], 0.0, tl.float32)
+    top = tl.full([NR], -INFINITY, tl.float32)
+    mass = tl.full([NR], 0.0, tl.float32)
     if SINK:
-        top = tl.load(sink_logits + row // q_length % q_heads).to(tl.float32) * LOG2E
+        top = tl.load(sink_logits + (first_head + tl.minimum(r, present - 1)) // Q_LENGTH).to(tl.float32) * LOG2E
         mass += 1.0
-    coded = tl.zeros([DP], tl.float32)
+    coded = tl.zeros([DP * NR], tl.float32)
+    plain = tl.load(lse + r, mask=r < present, other=-INFINITY, cache_modifier=".cg")
     for start in range(0, shares, SHARES):
         share = start + i
-        part = tl.load(lse + row * shares + share, mask=share < shares, other=-INFINITY)
-        at = out + (row * shares + share)[:, None] * D + d[None, :]
-        x = tl.load(at, mask=((share > 0) & (share < shares))[:, None] & (d < D)[None, :], other=0.0)
+        known = ((share > 0) & (share < shares))[:, None] & there[None, :]
+        x = tl.load(out + share[:, None] * (DP * NR) + entry[None, :], mask=known, other=0.0, cache_modifier=".cg")
+        have = (share < shares)[:, None] & (r < present)[None, :]
+        part = tl.load(lse + share[:, None] * NR + r[None, :], mask=have, other=-INFINITY, cache_modifier=".cg")
         new = tl.maximum(top, tl.max(part, 0))
         base = tl.where(new == -INFINITY, 0.0, new)
         decay = tl.exp2(top - base)
-        weight = tl.exp2(part - base)
+        weight = tl.exp2(part - base[None, :])
         mass = mass * decay + tl.sum(weight, 0)
-        coded = coded * decay + tl.sum(weight[:, None] * x, 0)
+        every = tl.reshape(tl.broadcast_to(weight[:, None, :], [SHARES, DP, NR]), [SHARES, DP * NR])
+        coded = coded * tl.reshape(tl.broadcast_to(decay[None, :], [DP, NR]), [DP * NR]) + tl.sum(every * x, 0)
         top = new
-    mass = tl.where(mass > 0, mass, 1.0)
-    first = tl.exp2(first - tl.where(top == -INFINITY, 0.0, top)) / mass
-    if ROTATED:
-        x = tl.sum(matrix * coded[:, None], 0) / mass
-    else:
-        x = tl.sum(tl.where(d[:, None] == c[None, :], coded[:, None], 0.0), 0) / mass
-    tl.store(result + row * D + c, (plain * first + x).to(result.dtype.element_ty), mask=c < D)
+    inverse = 1 / tl.where(mass > 0, mass, 1.0)
+    plain = (tl.exp2(plain - tl.where(top == -INFINITY, 0.0, top)) * inverse)[None, :]
+    coded = tl.reshape(coded * tl.reshape(tl.broadcast_to(inverse[None, :], [DP, NR]), [DP * NR]), [DP, NR])
+    for start in tl.static_range(0, DP, COLUMNS):
+        c = start + tl.arange(0, COLUMNS)
+        inside = (c < D)[:, None] & (r < present)[None, :]
+        x = tl.load(out + c[:, None] * NR + r[None, :], mask=inside, other=0.0, cache_modifier=".cg") * plain
+        if BITS == 16:
+            x += coded
+        else:
+            x = _product(_block(rotation, start, D, DP, BITS, COLUMNS), coded, x, 2)
+            if TERMS > 1:
+                x = _product(_block(rotation + D * D, start, D, DP, BITS, COLUMNS), coded, x, 1)
+        tl.store(result + (first_row + r)[None, :] * D + c[:, None], x.to(result.dtype.element_ty), mask=inside)
