@@ -33,6 +33,45 @@ def test_values_of_any_size(case: Any) -> None:
         assert case.error(out, truth) < (2e-3 if factor > 1 else 2e-2)  # float16 itself loses bits below 2**-14
 
 
+@pytest.mark.parametrize(
+    ("far", "near", "q_length", "bits"),
+    [(0, 0, 1, 4), (0, 32, 1, 4), (1, 32, 2, 3), (32, 5, 1, 2), (64, 32, 3, 4), (95, 0, 1, 6), (112, 32, 1, 16)],
+)
+def test_lengths_on_the_device_are_those_of_shorter_tensors(
+    far: int, near: int, q_length: int, bits: int, case: Any
+) -> None:
+    """The rest of the buffers may hold anything."""
+    tokens = 3 + far + near + 5
+    query = case.queries(4, q_length, 64)
+    whole = case.views(187, 2, 64, 64, bits, bits)
+    lengths = torch.tensor([3, far, near, 5], dtype=torch.int32, device=case.device)
+    in_use, roomy = [], []
+    for side in whole:
+        some = KVView(side.sinks, side.far.tokens(0, far), side.near.tokens(0, near), side.recent[:, :, :5])
+        in_use.append(some)
+        roomy.append(replace(side, **{name: spoiled(getattr(side, name), getattr(some, name)) for name in PARTS}))
+    roomy = [replace(side, lengths=lengths) for side in roomy]
+    visible = case.causal(q_length, tokens)
+    truth = case.exact(query, *in_use, visible)
+    wider = torch.nn.functional.pad(visible, (0, 187 - tokens), value=True)[None, None]
+    for mask in (None, wider):
+        out = api.attention(query, *roomy, mask=mask, impl="triton")
+        assert case.error(out, truth) < 2e-6
+
+
+PARTS = ("sinks", "far", "near", "recent")
+
+
+def spoiled(whole: Any, used: Any) -> Any:
+    """Not a number, and bytes of any kind, behind the tokens in use."""
+    if isinstance(whole, PackedKV):
+        scales = None if whole.scales is None else spoiled(whole.scales, used.scales)
+        return replace(whole, codes=spoiled(whole.codes, used.codes), scales=scales)
+    out = torch.full_like(whole, torch.nan if whole.is_floating_point() else 0xFF)
+    out[:, :, : used.shape[2]] = used
+    return out
+
+
 def mapped(side: KVView, function: Callable[[PackedKV], PackedKV]) -> KVView:
     far, near = (None if part is None else function(part) for part in (side.far, side.near))
     return replace(side, far=far, near=near)

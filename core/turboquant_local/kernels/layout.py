@@ -71,6 +71,9 @@ class KVView:
         near: The packed tokens after them, with more bits, or None.
         recent: `[batch, num_kv_heads, tokens, head_dim]` in the model's dtype.
         statistics: With which more tokens are to be packed, or None while nothing is.
+        lengths: Tokens in use of `sinks`, `far`, `near` and `recent`, int32 `[4]` on their device; or None if all
+            are. With it the shapes are capacities, and the tokens in use are the first of each buffer: so a captured
+            CUDA graph can go on while they grow.
     """
 
     sinks: torch.Tensor
@@ -78,6 +81,7 @@ class KVView:
     near: PackedKV | None
     recent: torch.Tensor
     statistics: HeadStatistics | None = None
+    lengths: torch.Tensor | None = None
 
     @property
     def packed(self) -> tuple[PackedKV, ...]:

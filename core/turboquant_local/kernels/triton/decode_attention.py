@@ -84,13 +84,12 @@ def attention(
 
     parts = list(zip(keys.packed, values.packed, strict=True))
     launches = [launch or _launch(k, v, query.dtype, batch * kv_heads * k.length) for k, v in parts]
-    splits = []  # tiles a share and number of shares, of every part
+    counts = []  # shares of every part
     for (k, _), chosen in zip(parts, launches, strict=True):
         tiles = triton.cdiv(k.length, chosen.warps * chosen.tokens)
         wanted = max(1, chosen.waves * multiprocessors(query.device) // (batch * kv_heads * chunks) - 1)
-        split_tiles = triton.cdiv(tiles, min(wanted, tiles))
-        splits.append((split_tiles, triton.cdiv(tiles, split_tiles)))
-    shares = 1 + sum(count for _, count in splits)
+        counts.append(triton.cdiv(tiles, triton.cdiv(tiles, min(wanted, tiles))))
+    shares = 1 + sum(counts)
 
     code_dtype = torch.float32 if query.dtype == torch.float32 else torch.float16
     coefficient, offset = query.new_empty(2, rows, dtype=torch.float32)
@@ -108,23 +107,23 @@ def attention(
     mask_kind, mask, mask_strides = _mask(query, mask)
     unpacked = [x.contiguous() for x in (keys.sinks, keys.recent, values.sinks, values.recent)]
     position, share = keys.sinks.shape[2], 0
-    for (k, v), chosen, (split_tiles, count) in zip(parts, launches, splits, strict=True):
+    for (k, v), chosen, count in zip(parts, launches, counts, strict=True):
         k_codes, k_scales, k_unit, k_table, k_layout, k_asm = _operands(k, fast)
         v_codes, v_scales, v_unit, v_table, v_layout, v_asm = _operands(v, fast)
         plain = share == 0
         partials[(batch * kv_heads, count + plain, chunks)](
             query, code, coefficient, offset, *unpacked,
             k_codes, k_scales, k_unit, k_table, v_codes, v_scales, v_unit, v_table,
-            mask, out, lse,
+            mask, query if keys.lengths is None else keys.lengths, out, lse,
             *k_codes.stride()[:2], *k_scales.stride()[:2], *v_codes.stride()[:2], *v_scales.stride()[:2],
             *mask_strides,
-            keys.sinks.shape[2], k.length, keys.recent.shape[2], position, keys.shape[2], split_tiles,
-            share, shares,
+            keys.sinks.shape[2], k.length, keys.recent.shape[2], position, keys.shape[2], share, shares,
             scaling if softcap is not None else scaling * 1.4426950408889634, softcap or 0.0,
             KV_HEADS=kv_heads, GROUP=group, Q_LENGTH=q_length, ROWS=rows_at_once,
             KD=k_dim, KDP=k_padded, VD=v_dim, VDP=v_padded,
             K_BITS=k.quantizer.bits, V_BITS=v.quantizer.bits,
             K_ASM=k_asm, V_ASM=v_asm, MEAN=k.mean is not None, K_SCALES=k_layout, V_SCALES=v_layout, PLAIN=plain,
+            PART=0 if keys.lengths is None else 1 if k is keys.far else 2,
             MASK=mask_kind, CAUSAL=causal, SOFTCAP=softcap is not None,
             W=chosen.warps, BN=chosen.tokens, STAGES=chosen.stages, num_warps=chosen.warps,
         )  # fmt: skip

@@ -87,17 +87,15 @@ def _finish(m, total, acc, channels, out, lse, at, valid, D: tl.constexpr):
 @triton.jit
 def _sinks_and_recent(
     q, k_sinks, k_recent, v_sinks, v_recent, mask,
-    pair, row, valid, head, token, sinks, recent, kv_length, factor, softcap,
+    row, valid, head, token, sinks, recent, kv_length, factor, softcap,
     stride_mh, stride_mq, stride_mk, m, total, acc,
     KD: tl.constexpr, KDP: tl.constexpr, VD: tl.constexpr, VDP: tl.constexpr, Q_LENGTH: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, W: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The tokens that are not packed: the first and the last of all."""
     query = load_queries(q, row, valid, tl.arange(0, KDP), KD, W)
-    k_sinks += pair * sinks * KD
-    v_sinks += pair * sinks * VD
-    k_recent += (pair * recent - sinks) * KD
-    v_recent += (pair * recent - sinks) * VD
+    k_recent -= sinks * KD
+    v_recent -= sinks * VD
     for start in tl.range(0, sinks + recent, W * BN, num_stages=1):
         local = start + tl.arange(0, W)[:, None] * BN + tl.arange(0, BN)[None, :]
         in_range = local < sinks + recent
@@ -158,7 +156,7 @@ def _packed_tile(
     return m, total, tl.dot(v, p.to(v.dtype), acc=acc, input_precision="ieee")
 
 
-_RUN_TIME = ["sinks", "packed", "recent", "position", "kv_length", "split_tiles", "first_share", "shares"] + [
+_RUN_TIME = ["sinks_stride", "packed", "recent_stride", "position", "kv_length", "first_share", "shares"] + [
     f"{name}_stride_{of}" for name, dims in (("ks", "bh"), ("vs", "bh"), ("mask", "bhqk")) for of in dims
 ]
 """Integers whose value must not decide which variant is compiled."""
@@ -169,31 +167,41 @@ def partials(
     q, q_code, q_coefficient, q_offset,
     k_sinks, k_recent, v_sinks, v_recent,
     k_codes, k_scales, k_units, k_table, v_codes, v_scales, v_units, v_table,
-    mask, out, lse,
+    mask, lengths, out, lse,
     k_stride_b, k_stride_h, ks_stride_b, ks_stride_h, v_stride_b, v_stride_h, vs_stride_b, vs_stride_h,
     mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
-    sinks, packed, recent, position, kv_length, split_tiles, first_share, shares, factor, softcap,
+    sinks_stride, packed, recent_stride, position, kv_length, first_share, shares, factor, softcap,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, Q_LENGTH: tl.constexpr, ROWS: tl.constexpr,
     KD: tl.constexpr, KDP: tl.constexpr, VD: tl.constexpr, VDP: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_ASM: tl.constexpr, V_ASM: tl.constexpr, MEAN: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, PLAIN: tl.constexpr,
+    PART: tl.constexpr,
     K_SCALES: tl.constexpr, V_SCALES: tl.constexpr, W: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attend to one share of one KV head's tokens, for up to ROWS of its queries.
 
-    The packed tokens are one stretch of the whole, the `position`-th of all first, cut into shares of `split_tiles`
+    The packed tokens are one stretch of the whole, the `position`-th of all first, cut into shares of equally many
     tiles. With PLAIN there is one share more, the first: sinks and recent window. Other stretches have calls of their
-    own, which write to the same `out` and `lse` from `first_share` on.
+    own, which write to the same `out` and `lse` from `first_share` on. With PART, the tokens in use and the
+    position are read from `lengths`, of which this stretch is number PART (1 or 2). A share without tokens gives -inf.
 
     Arguments as in `decode_attention.attention`; `out` is `[rows, shares, VD]`, in the space of the values' codes but
     for the plain share, and `lse` `[rows, shares]`.
     """
-    pair = tl.program_id(0)
-    batch = (pair // KV_HEADS).to(tl.int64)
-    kv_head = (pair % KV_HEADS).to(tl.int64)
+    pair = tl.program_id(0).to(tl.int64)
+    batch = pair // KV_HEADS
+    kv_head = pair % KV_HEADS
+    sinks = sinks_stride
+    recent = recent_stride
+    if PART > 0:
+        sinks = tl.load(lengths)
+        recent = tl.load(lengths + 3)
+        packed = tl.load(lengths + PART)
+        position = sinks + (tl.load(lengths + 1) if PART == 2 else 0)
+        kv_length = sinks + tl.load(lengths + 1) + tl.load(lengths + 2) + recent
     in_group = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     valid = in_group < GROUP * Q_LENGTH
-    row = pair.to(tl.int64) * (GROUP * Q_LENGTH) + tl.where(valid, in_group, 0)
+    row = pair * (GROUP * Q_LENGTH) + tl.where(valid, in_group, 0)
     token = tl.where(valid, in_group, 0) % Q_LENGTH
     head = kv_head * GROUP + tl.where(valid, in_group, 0) // Q_LENGTH
     mask += batch * mask_stride_b
@@ -204,8 +212,9 @@ def partials(
     stretch = tl.program_id(1) - (1 if PLAIN else 0)
     if PLAIN and stretch < 0:
         m, total, acc = _sinks_and_recent(
-            q, k_sinks, k_recent, v_sinks, v_recent, mask,
-            pair.to(tl.int64), row, valid, head, token, sinks, recent, kv_length, factor, softcap,
+            q, k_sinks + pair * sinks_stride * KD, k_recent + pair * recent_stride * KD,
+            v_sinks + pair * sinks_stride * VD, v_recent + pair * recent_stride * VD, mask,
+            row, valid, head, token, sinks, recent, kv_length, factor, softcap,
             mask_stride_h, mask_stride_q, mask_stride_k, m, total, acc,
             KD, KDP, VD, VDP, Q_LENGTH, MASK, CAUSAL, SOFTCAP, W, BN,
         )  # fmt: skip
@@ -227,6 +236,7 @@ def partials(
             constant = tl.load(q_offset + row) * factor
         k_unit = tl.log2(tl.load(k_units + pair)) if K_SCALES == "byte" or K_SCALES == "bytes" else 0.0
         v_unit = tl.log2(tl.load(v_units + pair)) if V_SCALES == "byte" or V_SCALES == "bytes" else 0.0
+        split_tiles = tl.cdiv(tl.cdiv(packed, W * BN), tl.num_programs(1) - (1 if PLAIN else 0))
         first = stretch * split_tiles * (W * BN)
         end = tl.minimum(first + split_tiles * (W * BN), packed)
         whole = (end - first) // (W * BN) * (W * BN)

@@ -162,6 +162,8 @@ def load_scales(scales, unit, left, W: tl.constexpr, BN: tl.constexpr, LAYOUT: t
         low = both.to(tl.int16).to(tl.float16, bitcast=True)
         high = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
         x = tl.reshape(tl.join(low, high), [R, W, 8, 4]).to(tl.float32)
+        if not FULL:  # a word's second scale may be that of a token not in use: any bits
+            x = tl.where((r * W + w) * 32 + p * 4 + tl.arange(0, 4)[None, None, None, :] < left, x, 0.0)
     else:
         at = (r * W + w) * 32 + p * 4 + tl.arange(0, 4)[None, None, None, :]
         x = tl.load(scales + at) if FULL else tl.load(scales + at, mask=at < left, other=0)
