@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
 
-from turboquant_local.codec.quantizer import MSEQuantizer
+from turboquant_local.codec.quantizer import MSEQuantizer, Quantizer
 from turboquant_local.kernels.layout import KVView, PackedKV
-from turboquant_local.kernels.triton import assembly
-from turboquant_local.kernels.triton.decode_kernels import partials
-from turboquant_local.kernels.triton.devices import multiprocessors, unserved
-from turboquant_local.kernels.triton.queries import combine, prepare
+from turboquant_local.kernels.triton.decode_kernels import attend
+from turboquant_local.kernels.triton.devices import counters, multiprocessors, unserved
 
 MAX_Q_LENGTH = 8
 BITS = (1, 2, 3, 4, 6, 8, 16)
@@ -28,12 +27,15 @@ class Launch:
         tokens: Tokens a warp takes at once, a multiple of 32.
         stages: Tiles loaded ahead.
         waves: Programs wanted for every multiprocessor.
+        near: Programs for the near tokens of one KV head, at most.
     """
 
     warps: int = 4
     tokens: int = 32
     stages: int = 3
     waves: int = 3
+    near: int = 2
+    registers: int = 0
 
 
 def refusal(query: torch.Tensor, keys: KVView, values: KVView) -> str | None:
@@ -76,108 +78,114 @@ def attention(
     query = query.contiguous()
     batch, q_heads, q_length, k_dim = query.shape
     kv_heads, v_dim = values.shape[1], values.shape[3]
-    group, rows = q_heads // kv_heads, batch * q_heads * q_length
+    group, pairs = q_heads // kv_heads, batch * kv_heads
     k_padded, v_padded = triton.next_power_of_2(k_dim), triton.next_power_of_2(v_dim)
     fast = not triton.knobs.runtime.interpret and query.dtype != torch.float32
     rows_at_once = 16 if group * q_length > 8 else 8
     chunks = triton.cdiv(group * q_length, rows_at_once)
 
-    parts = list(zip(keys.packed, values.packed, strict=True))
-    launches = [launch or _launch(k, v, query.dtype, batch * kv_heads * k.length) for k, v in parts]
-    counts = []  # shares of every part
-    for (k, _), chosen in zip(parts, launches, strict=True):
-        tiles = triton.cdiv(k.length, chosen.warps * chosen.tokens)
-        wanted = max(1, chosen.waves * multiprocessors(query.device) // (batch * kv_heads * chunks) - 1)
-        counts.append(triton.cdiv(tiles, triton.cdiv(tiles, min(wanted, tiles))))
-    shares = 1 + sum(counts)
+    launch = launch or _launch(keys, values, query.dtype, pairs)
+    tile = launch.warps * launch.tokens
+    far_tiles, near_tiles = (triton.cdiv(part.length, tile) if part else 0 for part in (keys.far, keys.near))
+    near_shares = min(near_tiles, launch.near)
+    wanted = max(1, launch.waves * multiprocessors(query.device) // (pairs * chunks) - 1 - near_shares)
+    far_shares = triton.cdiv(far_tiles, triton.cdiv(far_tiles, min(wanted, far_tiles))) if far_tiles else 0
+    shares = 1 + near_shares + far_shares
 
-    code_dtype = torch.float32 if query.dtype == torch.float32 else torch.float16
-    coefficient, offset = query.new_empty(2, rows, dtype=torch.float32)
-    code = query.new_empty(rows, k_dim, dtype=code_dtype)
-    out = query.new_empty(rows, shares, v_dim, dtype=torch.float32)
-    lse = query.new_empty(rows, shares, dtype=torch.float32)
+    most_rows = triton.next_power_of_2(min(group * q_length, rows_at_once))
+    out = query.new_empty(pairs * chunks * shares, v_padded, most_rows, dtype=torch.float32)
+    lse = query.new_empty(pairs * chunks * shares, most_rows, dtype=torch.float32)
     result = torch.empty(batch, q_heads, q_length, v_dim, dtype=query.dtype, device=query.device)
 
-    first = keys.packed[0]  # all parts of a side share mean and rotation
-    if first.quantizer.bits < 16:
-        prepare[(rows, triton.cdiv(k_dim, 32))](
-            query, _rotation(first), query if first.mean is None else first.mean.contiguous(), code, coefficient,
-            offset, group * q_length, D=k_dim, DP=k_padded, COLUMNS=32, MEAN=first.mean is not None, num_warps=4,
-        )  # fmt: skip
     mask_kind, mask, mask_strides = _mask(query, mask)
-    unpacked = [x.contiguous() for x in (keys.sinks, keys.recent, values.sinks, values.recent)]
-    position, share = keys.sinks.shape[2], 0
-    for (k, v), chosen, count in zip(parts, launches, counts, strict=True):
-        k_codes, k_scales, k_unit, k_table, k_layout, k_asm = _operands(k, fast)
-        v_codes, v_scales, v_unit, v_table, v_layout, v_asm = _operands(v, fast)
-        plain = share == 0
-        partials[(batch * kv_heads, count + plain, chunks)](
-            query, code, coefficient, offset, *unpacked,
-            k_codes, k_scales, k_unit, k_table, v_codes, v_scales, v_unit, v_table,
-            mask, query if keys.lengths is None else keys.lengths, out, lse,
-            *k_codes.stride()[:2], *k_scales.stride()[:2], *v_codes.stride()[:2], *v_scales.stride()[:2],
-            *mask_strides,
-            keys.sinks.shape[2], k.length, keys.recent.shape[2], position, keys.shape[2], share, shares,
-            scaling if softcap is not None else scaling * 1.4426950408889634, softcap or 0.0,
-            KV_HEADS=kv_heads, GROUP=group, Q_LENGTH=q_length, ROWS=rows_at_once,
-            KD=k_dim, KDP=k_padded, VD=v_dim, VDP=v_padded,
-            K_BITS=k.quantizer.bits, V_BITS=v.quantizer.bits,
-            K_ASM=k_asm, V_ASM=v_asm, MEAN=k.mean is not None, K_SCALES=k_layout, V_SCALES=v_layout, PLAIN=plain,
-            PART=0 if keys.lengths is None else 1 if k is keys.far else 2,
-            MASK=mask_kind, CAUSAL=causal, SOFTCAP=softcap is not None,
-            W=chosen.warps, BN=chosen.tokens, STAGES=chosen.stages, num_warps=chosen.warps,
-        )  # fmt: skip
-        position, share = position + k.length, share + count + plain
-    # With few queries, several programs share one; with many, none reads the shares twice.
-    columns = 32 if rows < multiprocessors(query.device) else 2**14 // v_padded
-    rotated = values.packed[0]
-    combine[(rows, triton.cdiv(v_dim, columns))](
-        out, lse, lse if sink_logits is None else sink_logits, _rotation(rotated), result, shares, q_heads, q_length,
-        D=v_dim, DP=v_padded, SINK=sink_logits is not None, ROTATED=rotated.quantizer.bits < 16,
-        SHARES=min(max(triton.next_power_of_2(shares), 64), 256), COLUMNS=min(columns, v_padded), num_warps=8,
+    far, far_strides, far_kind = _operands(keys.far, values.far)
+    near, near_strides, near_kind = _operands(keys.near, values.near)
+    k_part, v_part = keys.packed[0], values.packed[0]  # all parts of a side share mean and rotation
+    k_rotation, k_terms = _rotation(k_part, fast)
+    v_rotation, v_terms = _rotation(v_part, fast)
+    attend[(pairs, shares, chunks)](
+        query, k_rotation, query if k_part.mean is None else k_part.mean.contiguous(),
+        tuple(x.contiguous() for x in (keys.sinks, keys.recent, values.sinks, values.recent)),
+        far or near, far_strides or near_strides, near or far, near_strides or far_strides, mask, mask_strides,
+        query if keys.lengths is None else keys.lengths, out, lse, counters(query.device, pairs * chunks),
+        query if sink_logits is None else sink_logits, v_rotation, result,
+        (keys.sinks.shape[2], *(part.length if part else 0 for part in (keys.far, keys.near)), keys.recent.shape[2]),
+        near_shares, scaling if softcap is not None else scaling * 1.4426950408889634, softcap or 0.0,
+        KV_HEADS=kv_heads, GROUP=group, Q_LENGTH=q_length, ROWS=rows_at_once, NR=most_rows,
+        KD=k_dim, KDP=k_padded, VD=v_dim, VDP=v_padded,
+        FAR=far_kind, NEAR=near_kind, MEAN=k_part.mean is not None, LENGTHS=keys.lengths is not None,
+        MASK=mask_kind, CAUSAL=causal, SOFTCAP=softcap is not None,
+        K_TERMS=k_terms, V_TERMS=v_terms, Q_TERMS=1 if query.dtype == torch.bfloat16 else 2,
+        SINK=sink_logits is not None,
+        W=launch.warps, BN=launch.tokens, STAGES=launch.stages, FAST=fast,
+        COLUMNS=min(k_padded, launch.warps * 2**12 // k_padded),
+        SHARES=max(1, launch.warps * 2**11 // (v_padded * most_rows)),
+        V_COLUMNS=min(v_padded, launch.warps * 2**12 // v_padded) if v_part.quantizer.bits < 16 else v_padded,
+        num_warps=launch.warps, **({"maxnreg": launch.registers} if launch.registers else {}),
     )  # fmt: skip
     return result
 
 
-def _launch(k: PackedKV, v: PackedKV, dtype: torch.dtype, vectors: int) -> Launch:
-    """A choice that fits registers and 96 KiB of shared memory; measured in benchmarks/NOTES.md."""
+def _launch(keys: KVView, values: KVView, dtype: torch.dtype, pairs: int) -> Launch:
+    """A choice that fits registers and shared memory; measured in benchmarks/NOTES.md."""
     if dtype == torch.float32:
-        return Launch(warps=1, stages=1, waves=8)
-    quantizers = (k.quantizer, v.quantizer)
-    if max(x.bits for x in quantizers) in (6, 8):  # centroids are loaded one by one: no room for tiles loaded ahead
-        return Launch(warps=1, stages=1, waves=8)
-    if max(x.head_dim for x in quantizers) > 128 or max(x.bits for x in quantizers) > 4:
-        return Launch(warps=2, stages=2, waves=4)
-    if vectors >= 2**19:
-        return Launch(warps=1, waves=8 if vectors < 2**21 else 16)
-    return Launch(warps=2, waves=2) if vectors >= 2**15 else Launch(warps=4, stages=2, waves=2)
+        return Launch(stages=1)
+    quantizers = [part.quantizer for part in (*keys.packed, *values.packed)]
+    if max(x.head_dim for x in quantizers) > 128 or max(x.bits for x in quantizers) > 8:
+        return Launch(stages=2)
+    return Launch()
+
+
+Kind = tuple[int, bool, str, int, bool, str]
 
 
 def _operands(
-    packed: PackedKV, fast: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, str, str | None]:
-    """Codes, scales, their units, table, layout of the scales, assembly; codes stand in for what there is not."""
-    codes, quantizer = packed.codes, packed.quantizer
-    if codes.stride(3) != 1 or codes.stride(2) != codes.shape[3]:
+    k: PackedKV | None, v: PackedKV | None
+) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...], Kind | None]:
+    """Codes, scales, their units and table of both sides, strides (of codes in vectors), and how they are read."""
+    if k is None or v is None:
+        return (), (), None
+    (*k_tensors, k_layout), (*v_tensors, v_layout) = _side(k), _side(v)
+    strides = []
+    for codes, scales in (k_tensors[:2], v_tensors[:2]):
+        strides += [stride // codes.shape[3] for stride in codes.stride()[:2]] + list(scales.stride()[:2])
+    k_grid, v_grid = (isinstance(x, MSEQuantizer) and x.codebook == "grid" for x in (k.quantizer, v.quantizer))
+    kind = (k.quantizer.bits, k_grid, k_layout, v.quantizer.bits, v_grid, v_layout)
+    return (*k_tensors, *v_tensors), tuple(strides), kind
+
+
+def _side(packed: PackedKV) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, str]:
+    """Codes, scales, their units, table, layout of the scales; codes stand in for what there is not."""
+    codes = packed.codes
+    size = codes.shape[3]
+    if codes.stride(3) != 1 or codes.stride(2) != size or codes.stride(0) % size or codes.stride(1) % size:
         codes = codes.contiguous()
     if packed.scales is None:
-        return codes, codes.new_empty(1, 1, 2, dtype=torch.float16), codes, codes, "half", None
+        return codes, codes.new_empty(1, 1, 2, dtype=torch.float16), codes, codes, "half"
     scales = packed.scales if packed.scales.stride(2) == 1 else packed.scales.contiguous()
     unit = codes if packed.scale_unit is None else packed.scale_unit.contiguous()
     layout = "half" if packed.scale_unit is None else "byte"
     if _in_words(scales):
         scales, layout = scales.view(torch.int32), {"half": "halves", "byte": "bytes"}[layout]
-    known = (
-        isinstance(quantizer, MSEQuantizer) and quantizer.codebook == "lloyd_max" and quantizer.bits in assembly.BITS
-    )
-    asm = assembly.decoder(quantizer.head_dim, quantizer.bits) if fast and known else None
-    return codes, scales, unit, quantizer.constants(codes.device)[1], layout, asm
+    return codes, scales, unit, packed.quantizer.constants(codes.device)[1], layout
 
 
-def _rotation(packed: PackedKV) -> torch.Tensor:
-    """The rotation; codes stand in for that of the identity codec."""
-    constants = packed.quantizer.constants(packed.codes.device)
-    return constants[0].contiguous() if constants else packed.codes
+def _rotation(packed: PackedKV, fast: bool) -> tuple[torch.Tensor, int]:
+    """The rotation as its terms, and how many there are; codes stand in for that of the identity codec."""
+    if not packed.quantizer.constants(packed.codes.device):
+        return packed.codes, 1
+    return _terms(packed.quantizer, packed.codes.device, fast)
+
+
+@lru_cache(maxsize=64)
+def _terms(quantizer: Quantizer, device: torch.device, fast: bool) -> tuple[torch.Tensor, int]:
+    matrix = quantizer.constants(torch.device("cpu"))[0].contiguous()
+    if not fast:
+        return matrix.to(device), 1
+    high = matrix.bfloat16()
+    rest = matrix - high.float()
+    terms = [high] if rest.abs().max() < 1e-6 else [high, rest.bfloat16()]
+    return torch.stack(terms).to(device), len(terms)
 
 
 def _in_words(scales: torch.Tensor) -> bool:

@@ -6,7 +6,8 @@ Every warp keeps a softmax of its own over its own tokens, so warps meet only on
 import triton
 import triton.language as tl
 
-from turboquant_local.kernels.triton.codes import slots
+from turboquant_local.kernels.triton.codes import UNIT, centre, lowered
+from turboquant_local.kernels.triton.queries import QUERY_LIFT, along_mean, merge, rotated
 from turboquant_local.kernels.triton.tiles import (
     key_channels,
     load_keys,
@@ -17,6 +18,7 @@ from turboquant_local.kernels.triton.tiles import (
     scales_a_load,
     token_of,
     value_channels,
+    value_place,
 )
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -59,7 +61,8 @@ def _softmax(s, scale, m, total, acc):
         acc: Running sum of the values, `[W, VD, ROWS]`.
 
     Returns:
-        Weights `[W, BN, ROWS]`, scale included, and the three running quantities.
+        Weights `[W, BN, ROWS]`, scale included, what sums so far are to be multiplied by, `[W, ROWS]`, and the three
+        running quantities.
     """
     lift = ((scale.to(tl.int32, bitcast=True) >> 23) - 126).to(tl.float32)  # log2, rounded up
     new = tl.maximum(m, tl.max(s + tl.maximum(lift, -24.0)[:, :, None], 1))
@@ -67,21 +70,34 @@ def _softmax(s, scale, m, total, acc):
     decay = tl.exp2(m - base)
     weights = tl.exp2(s - base[:, None, :])
     total = total * decay[:, None, :] + weights
-    return weights * scale[:, :, None], new, total, acc * decay[:, None, :]
+    return weights * scale[:, :, None], decay, new, total, acc * decay[:, None, :]
 
 
 @triton.jit
-def _finish(m, total, acc, channels, out, lse, at, valid, D: tl.constexpr):
-    """Merge the warps' results, and store the mean value and the logarithm (base 2) of the sum."""
+def _finish(m, total, acc, place, out, lse, row, valid, DP: tl.constexpr, NR: tl.constexpr):
+    """Merge the warps' results, and store the mean value and the logarithm (base 2) of the sum.
+
+    Args:
+        m: As in `_softmax`.
+        total: Likewise.
+        acc: Likewise.
+        place: Where each channel is to lie, `[DP]`.
+        out: Where this share is to lie, `[DP, NR]`.
+        lse: Likewise, `[NR]`.
+        row: Number of every query, `[ROWS]`.
+        valid: Which of them there are.
+        DP: Size of a value, padded.
+        NR: Rows of `out`.
+    """
     top = tl.max(m, 0)
     top = tl.where(top == -INFINITY, 0.0, top)
     share = tl.exp2(m - top[None, :])
     mass = tl.sum(tl.sum(total, 1) * share, 0)
     seen = mass > 0
-    mass = tl.where(seen, mass, 1.0)
-    x = tl.sum(acc * share[:, None, :], 0) / mass[None, :]
-    tl.store(out + at[None, :] * D + channels[:, None], x, mask=valid[None, :] & (channels < D)[:, None])
-    tl.store(lse + at, tl.where(seen, top + tl.log2(mass), -INFINITY), mask=valid)
+    share /= tl.where(seen, mass, 1.0)[None, :]
+    x = tl.sum(acc * share[:, None, :], 0)
+    tl.store(out + place[:, None] * NR + row[None, :], x, mask=valid[None, :] & (place >= 0)[:, None])
+    tl.store(lse + row, tl.where(seen, top + tl.log2(tl.where(seen, mass, 1.0)), -INFINITY), mask=valid)
 
 
 @triton.jit
@@ -108,7 +124,7 @@ def _sinks_and_recent(
             stride_mh, stride_mq, stride_mk, softcap, Q_LENGTH, MASK, CAUSAL, SOFTCAP,
         )  # fmt: skip
         s = tl.where(in_range[:, :, None], s, -INFINITY)
-        p, m, total, acc = _softmax(s, tl.full([W, BN], 1.0, tl.float32), m, total, acc)
+        p, _, m, total, acc = _softmax(s, tl.full([W, BN], 1.0, tl.float32), m, total, acc)
         values = tl.permute(values, [0, 2, 1])
         acc = tl.dot(values, p.to(values.dtype), acc=acc, input_precision="ieee")
     return m, total, acc
@@ -117,12 +133,12 @@ def _sinks_and_recent(
 @triton.jit
 def _packed_tile(
     k_codes, k_scales, k_unit, k_table, v_codes, v_scales, v_unit, v_table, mask,
-    query, coefficient, constant, head, token, start, packed, position, kv_length, factor, softcap,
-    stride_mh, stride_mq, stride_mk, m, total, acc,
+    query, coefficient, constant, middle, head, token, start, packed, position, kv_length, factor, softcap,
+    stride_mh, stride_mq, stride_mk, m, total, acc, sums,
     KD: tl.constexpr, KDP: tl.constexpr, VD: tl.constexpr, VDP: tl.constexpr, Q_LENGTH: tl.constexpr,
-    K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_ASM: tl.constexpr, V_ASM: tl.constexpr, MEAN: tl.constexpr,
+    K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_GRID: tl.constexpr, V_GRID: tl.constexpr, MEAN: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, K_SCALES: tl.constexpr, V_SCALES: tl.constexpr,
-    W: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr, FULL: tl.constexpr,
+    W: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """One tile of packed tokens, of which `FULL` says that none lies behind the last."""
     left = packed - start
@@ -134,8 +150,9 @@ def _packed_tile(
     else:
         k_scale = load_scales(k_scales + start // scales_a_load(K_SCALES), k_unit, left, W, BN, K_SCALES, FULL)
         k_at = k_codes + start.to(tl.int64) * (KD * K_BITS // 8)
-        k = load_keys(k_at, k_table, left, KD, K_BITS, KDP // slots(K_BITS), W, BN, DTYPE, K_ASM, FULL)
-        s = tl.dot(k, query, input_precision="ieee") * k_scale[:, :, None] * coefficient[None, None, :]
+        k = load_keys(k_at, k_table, left, KD, KDP, K_BITS, K_GRID, W, BN, DTYPE, FAST, FULL)
+        s = tl.dot(k, query, input_precision="ieee")
+        s = (s * coefficient[None, None, :] - middle[None, None, :]) * k_scale[:, :, None]
     if MEAN:
         s += constant[None, None, :]
     s = _visible(
@@ -145,116 +162,200 @@ def _packed_tile(
     if not FULL:
         s = tl.where(in_range[:, :, None], s, -INFINITY)
     if V_BITS == 16:
-        p, m, total, acc = _softmax(s, tl.full([W, BN], 1.0, tl.float32), m, total, acc)
+        p, _, m, total, acc = _softmax(s, tl.full([W, BN], 1.0, tl.float32), m, total, acc)
         v = load_plain(v_codes + (start.to(tl.int64) + local) * VD, in_range, VD, VDP, FULL)
         v = tl.permute(v, [0, 2, 1])
     else:
         scale = load_scales(v_scales + start // scales_a_load(V_SCALES), v_unit, left, W, BN, V_SCALES, FULL)
-        p, m, total, acc = _softmax(s, scale, m, total, acc)
+        p, decay, m, total, acc = _softmax(s, scale, m, total, acc)
         v_at = v_codes + start.to(tl.int64) * (VD * V_BITS // 8)
-        v = load_values(v_at, v_table, left, VD, V_BITS, VDP // slots(V_BITS), W, BN, DTYPE, V_ASM, FULL)
-    return m, total, tl.dot(v, p.to(v.dtype), acc=acc, input_precision="ieee")
+        v = load_values(v_at, v_table, left, VD, VDP, V_BITS, V_GRID, W, BN, DTYPE, FAST, FULL)
+        if centre(V_BITS, V_GRID, DTYPE == tl.float32) > 0:  # of the rounded weights, by the same additions
+            twice = tl.full([W, 16, BN], 2 * centre(V_BITS, True, False) * UNIT, DTYPE)
+            sums = tl.dot(twice, p.to(DTYPE), acc=sums * decay[:, None, :], input_precision="ieee")
+    return m, total, tl.dot(v, p.to(v.dtype), acc=acc, input_precision="ieee"), sums
 
 
-_RUN_TIME = ["sinks_stride", "packed", "recent_stride", "position", "kv_length", "first_share", "shares"] + [
-    f"{name}_stride_{of}" for name, dims in (("ks", "bh"), ("vs", "bh"), ("mask", "bhqk")) for of in dims
-]
-"""Integers whose value must not decide which variant is compiled."""
+@triton.jit
+def _packed(
+    q, k_rotation, mean, part, strides, mask,
+    pair, batch, kv_head, row, valid, head, token, first, end, packed, position, kv_length, factor, softcap,
+    stride_mh, stride_mq, stride_mk, m, total, acc,
+    KD: tl.constexpr, KDP: tl.constexpr, VD: tl.constexpr, VDP: tl.constexpr, Q_LENGTH: tl.constexpr,
+    KIND: tl.constexpr, MEAN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
+    W: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr,
+    K_TERMS: tl.constexpr, Q_TERMS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Packed tokens `first` to `end` of a part; see `attend`."""
+    K_BITS: tl.constexpr = KIND[0]
+    K_GRID: tl.constexpr = KIND[1]
+    K_SCALES: tl.constexpr = KIND[2]
+    V_BITS: tl.constexpr = KIND[3]
+    V_GRID: tl.constexpr = KIND[4]
+    V_SCALES: tl.constexpr = KIND[5]
+    k_codes, k_scales, k_units, k_table, v_codes, v_scales, v_units, v_table = part
+    k_stride_b, k_stride_h, ks_stride_b, ks_stride_h, v_stride_b, v_stride_h, vs_stride_b, vs_stride_h = strides
+    k_codes += (batch * k_stride_b + kv_head * k_stride_h) * (KD if K_BITS == 16 else KD * K_BITS // 8)
+    v_codes += (batch * v_stride_b + kv_head * v_stride_h) * (VD if V_BITS == 16 else VD * V_BITS // 8)
+    k_scales += batch * ks_stride_b + kv_head * ks_stride_h
+    v_scales += batch * vs_stride_b + kv_head * vs_stride_h
+    dtype: tl.constexpr = tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16
+    ROWS: tl.constexpr = row.shape[0]
+    coefficient = tl.full([ROWS], 0.0, tl.float32)
+    constant = coefficient
+    middle = coefficient
+    sums = tl.zeros([W, 16, ROWS], tl.float32)
+    if K_BITS == 16:
+        query = load_queries(q, row, valid, tl.arange(0, KDP), KD, W)
+    else:
+        channels = key_channels(KD, KDP, K_BITS)
+        x, norm = rotated(q, k_rotation, row, valid, channels, KD, KDP, K_TERMS, Q_TERMS, COLUMNS)
+        coefficient = norm * (factor / QUERY_LIFT)
+        x *= QUERY_LIFT
+        if K_GRID:
+            low = lowered(channels, K_BITS)[:, None]
+            coefficient *= _step(k_table, K_BITS)
+            x = (x * low).to(dtype)
+            if centre(K_BITS, True, dtype == tl.float32) > 0:  # of the rounded query
+                middle = tl.sum(x.to(tl.float32) / low, 0) * coefficient * centre(K_BITS, True, False)
+            coefficient /= UNIT
+        query = tl.broadcast_to(x.to(dtype)[None, :, :], [W, KDP, ROWS])
+    if MEAN:
+        constant = along_mean(q, mean + pair * KD, row, valid, KD, KDP) * factor
+    k_unit = tl.log2(tl.load(k_units + pair)) if K_SCALES == "byte" or K_SCALES == "bytes" else 0.0
+    v_unit = tl.log2(tl.load(v_units + pair)) if V_SCALES == "byte" or V_SCALES == "bytes" else 0.0
+    whole = (end - first) // (W * BN) * (W * BN)
+    for step in tl.range(0, whole, W * BN, num_stages=STAGES):
+        m, total, acc, sums = _packed_tile(
+            k_codes, k_scales, k_unit, k_table, v_codes, v_scales, v_unit, v_table, mask,
+            query, coefficient, constant, middle, head, token, first + step, packed, position, kv_length, factor,
+            softcap, stride_mh, stride_mq, stride_mk, m, total, acc, sums,
+            KD, KDP, VD, VDP, Q_LENGTH, K_BITS, V_BITS, K_GRID, V_GRID, MEAN,
+            MASK, CAUSAL, SOFTCAP, K_SCALES, V_SCALES, W, BN, dtype, FAST, True,
+        )  # fmt: skip
+    for step in tl.range(whole, end - first, W * BN, num_stages=1):
+        m, total, acc, sums = _packed_tile(
+            k_codes, k_scales, k_unit, k_table, v_codes, v_scales, v_unit, v_table, mask,
+            query, coefficient, constant, middle, head, token, first + step, packed, position, kv_length, factor,
+            softcap, stride_mh, stride_mq, stride_mk, m, total, acc, sums,
+            KD, KDP, VD, VDP, Q_LENGTH, K_BITS, V_BITS, K_GRID, V_GRID, MEAN,
+            MASK, CAUSAL, SOFTCAP, K_SCALES, V_SCALES, W, BN, dtype, FAST, False,
+        )  # fmt: skip
+    if V_GRID:
+        low = lowered(value_channels(VD, VDP, V_BITS), V_BITS)[None, :, None]
+        acc = (acc * low - tl.max(sums, 1)[:, None, :] / 2) * (_step(v_table, V_BITS) / UNIT)
+    return m, total, acc
 
 
-@triton.jit(do_not_specialize=_RUN_TIME)
-def partials(
-    q, q_code, q_coefficient, q_offset,
-    k_sinks, k_recent, v_sinks, v_recent,
-    k_codes, k_scales, k_units, k_table, v_codes, v_scales, v_units, v_table,
-    mask, lengths, out, lse,
-    k_stride_b, k_stride_h, ks_stride_b, ks_stride_h, v_stride_b, v_stride_h, vs_stride_b, vs_stride_h,
-    mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k,
-    sinks_stride, packed, recent_stride, position, kv_length, first_share, shares, factor, softcap,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, Q_LENGTH: tl.constexpr, ROWS: tl.constexpr,
+@triton.jit
+def _step(table, BITS: tl.constexpr):
+    """Distance of neighbouring levels of a uniform grid."""
+    return (tl.load(table + (2**BITS - 1)) - tl.load(table)) / (2**BITS - 1)
+
+
+@triton.jit(do_not_specialize=["sizes", "far_strides", "near_strides", "mask_strides", "near_shares"])
+def attend(
+    q, k_rotation, mean, plain, far, far_strides, near, near_strides, mask, mask_strides,
+    lengths, out, lse, done, sink_logits, v_rotation, result, sizes, near_shares, factor, softcap,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, Q_LENGTH: tl.constexpr, ROWS: tl.constexpr, NR: tl.constexpr,
     KD: tl.constexpr, KDP: tl.constexpr, VD: tl.constexpr, VDP: tl.constexpr,
-    K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_ASM: tl.constexpr, V_ASM: tl.constexpr, MEAN: tl.constexpr,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, PLAIN: tl.constexpr,
-    PART: tl.constexpr,
-    K_SCALES: tl.constexpr, V_SCALES: tl.constexpr, W: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    FAR: tl.constexpr, NEAR: tl.constexpr, MEAN: tl.constexpr, LENGTHS: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
+    K_TERMS: tl.constexpr, V_TERMS: tl.constexpr, Q_TERMS: tl.constexpr, SINK: tl.constexpr,
+    W: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr,
+    COLUMNS: tl.constexpr, SHARES: tl.constexpr, V_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Attend to one share of one KV head's tokens, for up to ROWS of its queries.
 
-    The packed tokens are one stretch of the whole, the `position`-th of all first, cut into shares of equally many
-    tiles. With PLAIN there is one share more, the first: sinks and recent window. Other stretches have calls of their
-    own, which write to the same `out` and `lse` from `first_share` on. With PART, the tokens in use and the
-    position are read from `lengths`, of which this stretch is number PART (1 or 2). A share without tokens gives -inf.
+    The first share are sinks and recent window, the next `near_shares` the near tokens, the others the far ones, each
+    part cut into equally many tiles. A share without tokens gives -inf. The program that is done last merges all
+    shares of its queries; `done` counts, 0 before and after.
 
-    Arguments as in `decode_attention.attention`; `out` is `[rows, shares, VD]`, in the space of the values' codes but
-    for the plain share, and `lse` `[rows, shares]`.
+    Arguments as in `decode_attention.attention`. `plain` are keys and values of sinks and window; a part is codes,
+    scales, units and table of keys, and the same of values, with strides of codes and scales over batch and heads; FAR
+    and NEAR are bits, whether the codebook is a grid, and how scales are read, of keys and of values, or None if there
+    is no such part. `sizes` are the tokens in use of sinks, far, near and recent, and `lengths` the same on the
+    device, read instead with LENGTHS: then `sizes` are capacities.
+    `out` is `[batch * KV_HEADS, chunks, shares, VDP, NR]`, but for the first share in the space and the order of the
+    far values' codes, or of the near ones if there are no far ones; `lse` is the same without VDP.
     """
     pair = tl.program_id(0).to(tl.int64)
     batch = pair // KV_HEADS
     kv_head = pair % KV_HEADS
-    sinks = sinks_stride
-    recent = recent_stride
-    if PART > 0:
+    k_sinks, k_recent, v_sinks, v_recent = plain
+    mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k = mask_strides
+    sinks, far_length, near_length, recent = sizes
+    k_sinks += pair * sinks * KD
+    v_sinks += pair * sinks * VD
+    k_recent += pair * recent * KD
+    v_recent += pair * recent * VD
+    if LENGTHS:
         sinks = tl.load(lengths)
+        far_length = tl.load(lengths + 1)
+        near_length = tl.load(lengths + 2)
         recent = tl.load(lengths + 3)
-        packed = tl.load(lengths + PART)
-        position = sinks + (tl.load(lengths + 1) if PART == 2 else 0)
-        kv_length = sinks + tl.load(lengths + 1) + tl.load(lengths + 2) + recent
+    kv_length = sinks + far_length + near_length + recent
     in_group = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     valid = in_group < GROUP * Q_LENGTH
     row = pair * (GROUP * Q_LENGTH) + tl.where(valid, in_group, 0)
     token = tl.where(valid, in_group, 0) % Q_LENGTH
     head = kv_head * GROUP + tl.where(valid, in_group, 0) // Q_LENGTH
     mask += batch * mask_stride_b
-    at = row * shares + first_share + tl.program_id(1)
+    share = tl.program_id(1)
+    shares = tl.num_programs(1)
+    number = pair * tl.num_programs(2) + tl.program_id(2)
+    all_lse = lse + number * shares * NR
+    all_out = out + number * shares * (VDP * NR)
+    lse = all_lse + share * NR
+    out = all_out + share * (VDP * NR)
     m = tl.full([W, ROWS], -INFINITY, tl.float32)
     total = tl.zeros([W, BN, ROWS], tl.float32)
     acc = tl.zeros([W, VDP, ROWS], tl.float32)
-    stretch = tl.program_id(1) - (1 if PLAIN else 0)
-    if PLAIN and stretch < 0:
+    ORDER: tl.constexpr = NEAR[3] if FAR is None else FAR[3]
+    NEAR_BITS: tl.constexpr = ORDER if NEAR is None else NEAR[3]
+    if share == 0:
         m, total, acc = _sinks_and_recent(
-            q, k_sinks + pair * sinks_stride * KD, k_recent + pair * recent_stride * KD,
-            v_sinks + pair * sinks_stride * VD, v_recent + pair * recent_stride * VD, mask,
+            q, k_sinks, k_recent, v_sinks, v_recent, mask,
             row, valid, head, token, sinks, recent, kv_length, factor, softcap,
             mask_stride_h, mask_stride_q, mask_stride_k, m, total, acc,
             KD, KDP, VD, VDP, Q_LENGTH, MASK, CAUSAL, SOFTCAP, W, BN,
         )  # fmt: skip
-        _finish(m, total, acc, tl.arange(0, VDP), out, lse, at, valid, VD)
+        _finish(m, total, acc, tl.arange(0, VDP), out, lse, tl.arange(0, ROWS), valid, VDP, NR)
+    elif share <= near_shares:
+        if NEAR is not None:
+            tiles = tl.cdiv(tl.cdiv(near_length, W * BN), near_shares) * (W * BN)
+            first = (share - 1) * tiles
+            m, total, acc = _packed(
+                q, k_rotation, mean, near, near_strides, mask,
+                pair, batch, kv_head, row, valid, head, token, first, tl.minimum(first + tiles, near_length),
+                near_length, sinks + far_length, kv_length, factor, softcap,
+                mask_stride_h, mask_stride_q, mask_stride_k, m, total, acc,
+                KD, KDP, VD, VDP, Q_LENGTH, NEAR, MEAN, MASK, CAUSAL, SOFTCAP, W, BN, 1, FAST,
+                K_TERMS, Q_TERMS, COLUMNS,
+            )  # fmt: skip
+            channels = value_channels(VD, VDP, NEAR_BITS)
+            place = tl.where(channels < VD, value_place(channels, VDP, ORDER), -1)
+            _finish(m, total, acc, place, out, lse, tl.arange(0, ROWS), valid, VDP, NR)
     else:
-        k_codes += batch * k_stride_b + kv_head * k_stride_h
-        v_codes += batch * v_stride_b + kv_head * v_stride_h
-        k_scales += batch * ks_stride_b + kv_head * ks_stride_h
-        v_scales += batch * vs_stride_b + kv_head * vs_stride_h
-        dtype: tl.constexpr = tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16
-        coefficient = tl.full([ROWS], 0.0, tl.float32)
-        constant = coefficient
-        if K_BITS == 16:
-            query = load_queries(q, row, valid, tl.arange(0, KDP), KD, W)
-        else:
-            query = load_queries(q_code, row, valid, key_channels(KD, K_BITS, KDP // slots(K_BITS)), KD, W)
-            coefficient = tl.load(q_coefficient + row) * factor
-        if MEAN:
-            constant = tl.load(q_offset + row) * factor
-        k_unit = tl.log2(tl.load(k_units + pair)) if K_SCALES == "byte" or K_SCALES == "bytes" else 0.0
-        v_unit = tl.log2(tl.load(v_units + pair)) if V_SCALES == "byte" or V_SCALES == "bytes" else 0.0
-        split_tiles = tl.cdiv(tl.cdiv(packed, W * BN), tl.num_programs(1) - (1 if PLAIN else 0))
-        first = stretch * split_tiles * (W * BN)
-        end = tl.minimum(first + split_tiles * (W * BN), packed)
-        whole = (end - first) // (W * BN) * (W * BN)
-        for step in tl.range(0, whole, W * BN, num_stages=STAGES):
-            m, total, acc = _packed_tile(
-                k_codes, k_scales, k_unit, k_table, v_codes, v_scales, v_unit, v_table, mask,
-                query, coefficient, constant, head, token, first + step, packed, position, kv_length, factor, softcap,
+        if FAR is not None:
+            tiles = tl.cdiv(tl.cdiv(far_length, W * BN), shares - 1 - near_shares) * (W * BN)
+            first = (share - 1 - near_shares) * tiles
+            m, total, acc = _packed(
+                q, k_rotation, mean, far, far_strides, mask,
+                pair, batch, kv_head, row, valid, head, token, first, tl.minimum(first + tiles, far_length),
+                far_length, sinks, kv_length, factor, softcap,
                 mask_stride_h, mask_stride_q, mask_stride_k, m, total, acc,
-                KD, KDP, VD, VDP, Q_LENGTH, K_BITS, V_BITS, K_ASM, V_ASM, MEAN,
-                MASK, CAUSAL, SOFTCAP, K_SCALES, V_SCALES, W, BN, dtype, True,
+                KD, KDP, VD, VDP, Q_LENGTH, FAR, MEAN, MASK, CAUSAL, SOFTCAP, W, BN, STAGES, FAST,
+                K_TERMS, Q_TERMS, COLUMNS,
             )  # fmt: skip
-        for step in tl.range(whole, end - first, W * BN, num_stages=1):
-            m, total, acc = _packed_tile(
-                k_codes, k_scales, k_unit, k_table, v_codes, v_scales, v_unit, v_table, mask,
-                query, coefficient, constant, head, token, first + step, packed, position, kv_length, factor, softcap,
-                mask_stride_h, mask_stride_q, mask_stride_k, m, total, acc,
-                KD, KDP, VD, VDP, Q_LENGTH, K_BITS, V_BITS, K_ASM, V_ASM, MEAN,
-                MASK, CAUSAL, SOFTCAP, K_SCALES, V_SCALES, W, BN, dtype, False,
-            )  # fmt: skip
-        channels = tl.arange(0, VDP) if V_BITS == 16 else value_channels(VD, V_BITS, VDP // slots(V_BITS))
-        _finish(m, total, acc, channels, out, lse, at, valid, VD)
+            _finish(m, total, acc, tl.arange(0, VDP), out, lse, tl.arange(0, ROWS), valid, VDP, NR)
+    tl.debug_barrier()
+    if tl.atomic_add(done + number, 1, sem="acq_rel") == shares - 1:
+        tl.store(done + number, 0)
+        some = tl.program_id(2) * ROWS + tl.arange(0, NR)
+        these = tl.minimum(some, GROUP * Q_LENGTH - 1)
+        merge(
+            all_out, all_lse, sink_logits, v_rotation, result, shares, pair * (GROUP * Q_LENGTH) + these,
+            kv_head * GROUP + these // Q_LENGTH, some < GROUP * Q_LENGTH,
+            VD, VDP, NR, ORDER, SINK, V_TERMS, SHARES, V_COLUMNS,
+        )  # fmt: skip

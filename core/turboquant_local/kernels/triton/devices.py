@@ -25,3 +25,24 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+_COUNTERS = 2**12
+_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def counters(device: torch.device, count: int) -> torch.Tensor:
+    """Integers that are 0, and that whoever counts with them leaves 0 again.
+
+    Calls that may run at the same time get different ones: every stream has its own, and so have captured graphs, which
+    may be replayed on any. Graphs replayed at the same time as each other must not share them.
+    """
+    if device.type != "cuda":
+        return torch.zeros(count, dtype=torch.int32)
+    capturing = torch.cuda.is_current_stream_capturing()
+    stream = -1 if capturing else torch.cuda.current_stream(device).cuda_stream
+    for number in (stream,) if capturing else (stream, -1):  # memory must not come into being during a capture
+        if (device, number) not in _counters and not capturing:
+            _counters[device, number] = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+    kept = _counters.get((device, stream))
+    return torch.zeros(count, dtype=torch.int32, device=device) if kept is None or count > _COUNTERS else kept

@@ -1,103 +1,145 @@
-"""Device code of decode attention, a few programs a query: prepare it, and combine what its shares gave.
+"""Device code of decode attention around the tokens: rotate the queries before, merge the shares and rotate back after.
 
-Both are short and wait for memory most of the time, so whatever does not depend on something else is loaded first.
+The rotation comes as a sum of TERMS matrices in the type of the products: of bfloat16 one where that is exact (a
+Hadamard rotation), else two.
 """
 
 import triton
 import triton.language as tl
 
+from turboquant_local.kernels.triton.tiles import value_channels
+
 LOG2E = tl.constexpr(1.4426950408889634)
 INFINITY = tl.constexpr(float("inf"))
 
+QUERY_LIFT = tl.constexpr(64.0)
+"""Rotated queries of norm 1 are held as so many times themselves: well inside float16 on both sides."""
 
-@triton.jit(do_not_specialize=["queries_per_kv_head"])
-def prepare(
-    q, rotation, mean, code, coefficient, offset, queries_per_kv_head,
-    D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr, MEAN: tl.constexpr,
+
+@triton.jit
+def _product(a, b, acc, TERMS: tl.constexpr):
+    """Add `a @ b`, with b in float32 rounded to two terms of a's type if that is a 16-bit one."""
+    high = b.to(a.dtype)
+    acc = tl.dot(a, high, acc=acc, input_precision="ieee")
+    if TERMS > 1 and a.dtype != tl.float32:
+        acc = tl.dot(a, (b - high.to(tl.float32)).to(a.dtype), acc=acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def rotated(
+    q, rotation, row, valid, channels,
+    D: tl.constexpr, DP: tl.constexpr, TERMS: tl.constexpr, Q_TERMS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Rotate one query and divide it by its norm, so that it fits float16.
+    """Queries in the space of the codes.
 
     Args:
-        q: `[rows, D]`, rows = batch * num_q_heads * q_length.
-        rotation: `[D, D]` float32.
-        mean: `[batch * num_kv_heads, D]`, taken off the keys, or anything where MEAN is false.
-        code: Out, `[rows, D]`.
-        coefficient: Out, `[rows]` float32: the rotated query is `coefficient * code`.
-        offset: Out, `[rows]` float32: the query's product with the mean.
-        queries_per_kv_head: Rows that share a mean.
+        q: `[rows, D]`.
+        rotation: `[TERMS, D, D]`.
+        row: Which queries, `[ROWS]`.
+        valid: Which of them there are.
+        channels: Which coordinates, `[DP]`; D for padding.
         D: Size of a head.
         DP: The next power of 2.
-        COLUMNS: Coordinates of the result that one program makes.
-        MEAN: Whether there is a mean.
+        TERMS: Terms of the rotation.
+        Q_TERMS: Terms in which a query is exact enough.
+        COLUMNS: Coordinates of the query taken at once.
+
+    Returns:
+        `[DP, ROWS]` float32, every query divided by its norm, and the norms.
     """
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, DP)
-    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    matrix = tl.load(rotation + c[:, None] * D + k[None, :], mask=(c < D)[:, None] & (k < D)[None, :], other=0.0)
-    x = tl.load(q + row * D + k, mask=k < D, other=0.0).to(tl.float32)
-    norm = tl.maximum(tl.sqrt(tl.sum(x * x, 0)), 1e-30)
-    if MEAN:
-        center = tl.load(mean + row // queries_per_kv_head * D + k, mask=k < D, other=0.0).to(tl.float32)
-        tl.store(offset + row, tl.sum(x * center, 0))
-    tl.store(coefficient + row, norm)
-    tl.store(code + row * D + c, tl.sum(matrix * x[None, :], 1) / norm, mask=c < D)
+    square = tl.zeros([row.shape[0]], tl.float32)
+    x = tl.zeros([DP, row.shape[0]], tl.float32)
+    for start in tl.static_range(0, DP, COLUMNS):
+        k = start + tl.arange(0, COLUMNS)
+        matrix = rotation + channels[:, None] * D + k[None, :]
+        inside = (channels < D)[:, None] & (k < D)[None, :]
+        first = tl.load(matrix, mask=inside, other=0.0)
+        part = tl.load(q + row[None, :] * D + k[:, None], mask=valid[None, :] & (k < D)[:, None], other=0.0)
+        part = part.to(tl.float32)
+        x = _product(first, part, x, Q_TERMS)
+        if TERMS > 1:
+            x = _product(tl.load(matrix + D * D, mask=inside, other=0.0), part, x, 1)
+        square += tl.sum(part * part, 0)
+    norm = tl.maximum(tl.sqrt(square), 1e-30)
+    return x * (1 / norm)[None, :], norm
 
 
-@triton.jit(do_not_specialize=["shares", "q_length"])
-def combine(
-    out, lse, sink_logits, rotation, result, shares, q_heads, q_length,
-    D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr, SINK: tl.constexpr, ROTATED: tl.constexpr,
-    SHARES: tl.constexpr,
+@triton.jit
+def along_mean(q, mean, row, valid, D: tl.constexpr, DP: tl.constexpr):
+    """Products of queries with the mean that was taken off the keys, `[ROWS]`."""
+    d = tl.arange(0, DP)
+    x = tl.load(q + row[None, :] * D + d[:, None], mask=valid[None, :] & (d < D)[:, None], other=0.0)
+    centre = tl.load(mean + d, mask=d < D, other=0.0).to(tl.float32)
+    return tl.sum(x.to(tl.float32) * centre[:, None], 0)
+
+
+@triton.jit
+def merge(
+    out, lse, sink_logits, rotation, result, shares, row, head, valid,
+    D: tl.constexpr, DP: tl.constexpr, NR: tl.constexpr, BITS: tl.constexpr, SINK: tl.constexpr, TERMS: tl.constexpr,
+    SHARES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the shares of one query, and rotate what came from codes back.
+    """Merge the shares of some queries, and rotate what came from codes back.
 
     Args:
-        out: `[rows, shares, D]`, as `partials` leaves it.
-        lse: `[rows, shares]`.
+        out: `[shares, DP, NR]`, as `decode_kernels.attend` leaves it.
+        lse: `[shares, NR]`.
         sink_logits: `[q_heads]`, or anything where SINK is false.
-        rotation: `[D, D]` float32, or anything where ROTATED is false.
+        rotation: `[TERMS, D, D]`, or anything where BITS is 16.
         result: Out, `[rows, D]`.
         shares: Shares of the work.
-        q_heads: Query heads.
-        q_length: Query tokens.
+        row: Which queries, `[NR]`.
+        head: Their heads.
+        valid: Which of them there are.
         D: Size of a value.
         DP: The next power of 2.
-        COLUMNS: Coordinates of the result that one program makes.
+        NR: Queries.
+        BITS: Of the values whose order `out` has.
         SINK: Whether there are sink logits.
-        ROTATED: Whether the codes of the values are in rotated space.
+        TERMS: Terms of the rotation.
         SHARES: Shares read at once.
+        COLUMNS: Coordinates of the result made at once; all with 16 bits.
     """
-    row = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, DP)
-    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    r = tl.arange(0, NR)
     i = tl.arange(0, SHARES)
-    if ROTATED:
-        square = rotation + d[:, None] * D + c[None, :]
-        matrix = tl.load(square, mask=(d < D)[:, None] & (c < D)[None, :], other=0.0)
-    plain = tl.load(out + row * shares * D + c, mask=c < D, other=0.0)
-    first = tl.load(lse + row * shares)
-    top = tl.full([], -INFINITY, tl.float32)
-    mass = tl.full([], 0.0, tl.float32)
+    channels = value_channels(D, DP, BITS)
+    entry = tl.arange(0, DP)[:, None] * NR + r[None, :]
+    there = (channels < D)[:, None] & valid[None, :]
+    top = tl.full([NR], -INFINITY, tl.float32)
+    mass = tl.full([NR], 0.0, tl.float32)
     if SINK:
-        top = tl.load(sink_logits + row // q_length % q_heads).to(tl.float32) * LOG2E
+        top = tl.load(sink_logits + head).to(tl.float32) * LOG2E
         mass += 1.0
-    coded = tl.zeros([DP], tl.float32)
+    coded = tl.zeros([DP, NR], tl.float32)
     for start in range(0, shares, SHARES):
         share = start + i
-        part = tl.load(lse + row * shares + share, mask=share < shares, other=-INFINITY)
-        at = out + (row * shares + share)[:, None] * D + d[None, :]
-        x = tl.load(at, mask=((share > 0) & (share < shares))[:, None] & (d < D)[None, :], other=0.0)
+        known = (share < shares)[:, None] & valid[None, :]
+        part = tl.load(lse + share[:, None] * NR + r[None, :], mask=known, other=-INFINITY, cache_modifier=".cg")
+        at = out + share[:, None, None] * (DP * NR) + entry[None, :, :]
+        packed = ((share > 0) & (share < shares))[:, None, None] & there[None, :, :]
+        x = tl.load(at, mask=packed, other=0.0, cache_modifier=".cg")
         new = tl.maximum(top, tl.max(part, 0))
         base = tl.where(new == -INFINITY, 0.0, new)
         decay = tl.exp2(top - base)
-        weight = tl.exp2(part - base)
+        weight = tl.exp2(part - base[None, :])
         mass = mass * decay + tl.sum(weight, 0)
-        coded = coded * decay + tl.sum(weight[:, None] * x, 0)
+        coded = coded * decay[None, :] + tl.sum(weight[:, None, :] * x, 0)
         top = new
-    mass = tl.where(mass > 0, mass, 1.0)
-    first = tl.exp2(first - tl.where(top == -INFINITY, 0.0, top)) / mass
-    if ROTATED:
-        x = tl.sum(matrix * coded[:, None], 0) / mass
-    else:
-        x = tl.sum(tl.where(d[:, None] == c[None, :], coded[:, None], 0.0), 0) / mass
-    tl.store(result + row * D + c, (plain * first + x).to(result.dtype.element_ty), mask=c < D)
+    inverse = 1 / tl.where(mass > 0, mass, 1.0)
+    first = tl.load(lse + r, mask=valid, other=-INFINITY, cache_modifier=".cg")
+    first = tl.exp2(first - tl.where(top == -INFINITY, 0.0, top)) * inverse
+    coded *= inverse[None, :]
+    for start in tl.static_range(0, DP, COLUMNS):
+        c = start + tl.arange(0, COLUMNS)
+        inside = (c < D)[:, None] & valid[None, :]
+        x = tl.load(out + c[:, None] * NR + r[None, :], mask=inside, other=0.0, cache_modifier=".cg") * first[None, :]
+        if BITS == 16:
+            x += coded
+        else:
+            matrix = rotation + channels[None, :] * D + c[:, None]
+            both = (c < D)[:, None] & (channels < D)[None, :]
+            x = _product(tl.load(matrix, mask=both, other=0.0), coded, x, 2)
+            if TERMS > 1:
+                x = _product(tl.load(matrix + D * D, mask=both, other=0.0), coded, x, 1)
+        tl.store(result + row[None, :] * D + c[:, None], x.to(result.dtype.element_ty), mask=inside)

@@ -15,6 +15,15 @@ from turboquant_local.kernels.triton.codes import levels, slots
 _STEPS, _UNIT_CODE = tl.constexpr(STEPS_PER_OCTAVE), tl.constexpr(UNIT_CODE)
 
 
+@triton.constexpr_function
+def run(bits: int, padded: int) -> int:
+    """Neighbours in the inner dimension of the left operand that lie in one lane, as the compiler lays it out.
+
+    It takes 32 bits over half the width of the loaded elements.
+    """
+    return 8 if bits in (1, 6) or (bits == 3 and padded < 128) else 4
+
+
 @triton.jit
 def token_of(w, row, W: tl.constexpr):
     """Which token of a tile row `row` of warp `w` is: a row is 32r + 8t + p, its token 32(rW + w) + 4p + t."""
@@ -22,24 +31,40 @@ def token_of(w, row, W: tl.constexpr):
 
 
 @triton.jit
-def key_channels(D: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr):
+def key_channels(D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
     """Channel of every entry of a `load_keys` tile's last dimension, D for padding."""
-    S: tl.constexpr = slots(BITS)
-    IN_LANE: tl.constexpr = C // 4
-    V: tl.constexpr = min(8, IN_LANE)
-    U: tl.constexpr = min(8 // V, S)
-    at = tl.arange(0, C * S)
+    S: tl.constexpr = slots(BITS, DP)
+    IN_LANE: tl.constexpr = DP // S // 4
+    V: tl.constexpr = min(run(BITS, DP), IN_LANE)
+    U: tl.constexpr = min(run(BITS, DP) // V, S)
+    at = tl.arange(0, DP)
     element = at // (V * U) % 4 * IN_LANE + at // (V * U * 4) % (IN_LANE // V) * V + at % V
-    slot = at // (C * U) * U + at // V % U
+    slot = at // (DP // S * U) * U + at // V % U
     return tl.where(element < D // S, S * element + slot, D)
 
 
 @triton.jit
-def value_channels(D: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr):
+def value_channels(D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
     """Channel of every entry of a `load_values` tile's channel dimension, D for padding."""
-    at = tl.arange(0, C * slots(BITS))
-    element = at % 8 * (C // 8) + at // 8 % (C // 8)
-    return tl.where(element < D // slots(BITS), slots(BITS) * element + at // C, D)
+    S: tl.constexpr = slots(BITS, DP)
+    at = tl.arange(0, DP)
+    if BITS == 16:
+        channel = tl.where(at < D, at, D)
+    else:
+        element = at % 8 * (DP // S // 8) + at // 8 % (DP // S // 8)
+        channel = tl.where(element < D // S, S * element + at // (DP // S), D)
+    return channel
+
+
+@triton.jit
+def value_place(channel, DP: tl.constexpr, BITS: tl.constexpr):
+    """Where `value_channels` has a channel."""
+    S: tl.constexpr = slots(BITS, DP)
+    at = channel
+    if BITS < 16:
+        element = channel // S
+        at = channel % S * (DP // S) + element % (DP // S // 8) * 8 + element // (DP // S // 8)
+    return at
 
 
 @triton.jit
@@ -54,12 +79,27 @@ def _load_elements(at, token, element, left, REAL: tl.constexpr, C: tl.constexpr
 
 
 @triton.jit
-def _load(codes, token, element, left, D: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr, FULL: tl.constexpr):
-    """Packed elements of some tokens; of 3 bits the three planes, of 6 bits the two."""
-    REAL: tl.constexpr = D // slots(BITS)
+def _load(
+    codes, left,
+    D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, W: tl.constexpr, R: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Packed elements of a tile's tokens `[4, 8, W, R, elements]`; of 3 bits the three planes, of 6 bits the two.
+
+    Entry (t, p, w, r) is token 32(rW + w) + 4p + t. Dimensions that come first vary first over the lanes that load:
+    this way a warp reads neighbouring tokens at once.
+    """
+    S: tl.constexpr = slots(BITS, DP)
+    C: tl.constexpr = DP // S
+    REAL: tl.constexpr = D // S
+    t = tl.arange(0, 4)[:, None, None, None, None]
+    p = tl.arange(0, 8)[None, :, None, None, None]
+    w = tl.arange(0, W)[None, None, :, None, None]
+    r = tl.arange(0, R)[None, None, None, :, None]
+    element = tl.arange(0, C)[None, None, None, None, :]
+    token = (r * W + w) * 32 + 4 * p + t
     at = codes + token * (D * BITS // 8)
     first = at
-    if BITS == 4 or BITS == 6:
+    if BITS * S % 16 == 0 or BITS == 6:
         first = at.to(tl.pointer_type(tl.uint16), bitcast=True)
     x = _load_elements(first, token, element, left, REAL, C, FULL)
     y = x
@@ -67,57 +107,50 @@ def _load(codes, token, element, left, D: tl.constexpr, BITS: tl.constexpr, C: t
     if BITS == 6:
         y = _load_elements(at + D // 2, token, element, left, REAL, C, FULL)
     if BITS == 3:
-        y = _load_elements(at + REAL, token, element, left, REAL, C, FULL)
-        z = _load_elements(at + 2 * REAL, token, element, left, REAL, C, FULL)
+        y = _load_elements(first + REAL, token, element, left, REAL, C, FULL)
+        z = _load_elements(first + 2 * REAL, token, element, left, REAL, C, FULL)
     return x, y, z
 
 
 @triton.jit
 def load_keys(
     codes, table, left,
-    D: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr, W: tl.constexpr, BN: tl.constexpr,
-    DTYPE: tl.constexpr, ASM: tl.constexpr, FULL: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, GRID: tl.constexpr, W: tl.constexpr, BN: tl.constexpr,
+    DTYPE: tl.constexpr, FAST: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Decode a tile of packed keys: `[W, BN, C * slots]`, tokens as in `token_of`, channels as in `key_channels`.
+    """Decode a tile of packed keys: `[W, BN, DP]`, tokens as in `token_of`, channels as in `key_channels`.
 
-    A warp reads 8 tokens by 4 lanes. Of an entry's place in the channel dimension the lowest three bits are one
+    A warp reads 8 tokens by 4 lanes. Of an entry's place in the channel dimension the lowest bits (see `run`) are one
     lane's registers and the next two the lane, as the tensor core's left operand has them.
     """
-    S: tl.constexpr = slots(BITS)
-    V: tl.constexpr = min(8, C // 4)
-    U: tl.constexpr = min(8 // V, S)
+    S: tl.constexpr = slots(BITS, DP)
+    C: tl.constexpr = DP // S
+    V: tl.constexpr = min(run(BITS, DP), C // 4)
+    U: tl.constexpr = min(run(BITS, DP) // V, S)
     R: tl.constexpr = BN // 32
-    r = tl.arange(0, R)[:, None, None, None, None]
-    w = tl.arange(0, W)[None, :, None, None, None]
-    t = tl.arange(0, 4)[None, None, :, None, None]
-    p = tl.arange(0, 8)[None, None, None, :, None]
-    element = tl.arange(0, C)[None, None, None, None, :]
-    a, b, c = _load(codes, (r * W + w) * 32 + 4 * p + t, element, left, D, BITS, C, FULL)
-    x = levels(a, b, c, table, BITS, DTYPE, ASM)
-    x = tl.reshape(x, [R, W, 32, 4, C // 4 // V, V, S // U, U])
-    return tl.reshape(tl.permute(x, [1, 0, 2, 6, 4, 3, 7, 5]), [W, BN, C * S])
+    a, b, c = _load(codes, left, D, DP, BITS, W, R, FULL)
+    x = levels(a, b, c, table, BITS, S, GRID, DTYPE, FAST)
+    x = tl.reshape(x, [4, 8, W, R, 4, C // 4 // V, V, S // U, U])
+    return tl.reshape(tl.permute(x, [2, 3, 0, 1, 7, 5, 4, 8, 6]), [W, BN, DP])
 
 
 @triton.jit
 def load_values(
     codes, table, left,
-    D: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr, W: tl.constexpr, BN: tl.constexpr,
-    DTYPE: tl.constexpr, ASM: tl.constexpr, FULL: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, GRID: tl.constexpr, W: tl.constexpr, BN: tl.constexpr,
+    DTYPE: tl.constexpr, FAST: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Decode a tile of packed values, transposed: `[W, C * slots, BN]`, channels as in `value_channels`.
+    """Decode a tile of packed values, transposed: `[W, DP, BN]`, channels as in `value_channels`.
 
     Here a warp reads 4 tokens by 8 lanes: channels are the rows of the left operand, tokens its inner dimension.
     """
+    S: tl.constexpr = slots(BITS, DP)
+    C: tl.constexpr = DP // S
     R: tl.constexpr = BN // 32
-    r = tl.arange(0, R)[:, None, None, None, None]
-    w = tl.arange(0, W)[None, :, None, None, None]
-    p = tl.arange(0, 8)[None, None, :, None, None]
-    t = tl.arange(0, 4)[None, None, None, :, None]
-    element = tl.arange(0, C)[None, None, None, None, :]
-    a, b, c = _load(codes, (r * W + w) * 32 + 4 * p + t, element, left, D, BITS, C, FULL)
-    x = levels(a, b, c, table, BITS, DTYPE, ASM)
-    x = tl.reshape(x, [R, W, 8, 4, 8, C // 8, slots(BITS)])
-    return tl.reshape(tl.permute(x, [1, 6, 5, 4, 0, 3, 2]), [W, C * slots(BITS), BN])
+    a, b, c = _load(codes, left, D, DP, BITS, W, R, FULL)
+    x = levels(a, b, c, table, BITS, S, GRID, DTYPE, FAST)
+    x = tl.reshape(x, [4, 8, W, R, 8, C // 8, S])
+    return tl.reshape(tl.permute(x, [2, 6, 5, 4, 3, 0, 1]), [W, DP, BN])
 
 
 @triton.constexpr_function
@@ -133,7 +166,10 @@ def _from_byte(x, unit):
 
 
 @triton.jit
-def load_scales(scales, unit, left, W: tl.constexpr, BN: tl.constexpr, LAYOUT: tl.constexpr, FULL: tl.constexpr):
+def load_scales(
+    scales, unit, left,
+    W: tl.constexpr, BN: tl.constexpr, LAYOUT: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
     """Scales of a tile's tokens in float32, `[W, BN]`; 0 from token `left` on.
 
     Args:
