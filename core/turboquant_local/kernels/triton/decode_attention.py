@@ -36,6 +36,7 @@ class Launch:
     waves: int = 3
     near: int = 2
     registers: int = 0
+    skip: int = 0
 
 
 def refusal(query: torch.Tensor, keys: KVView, values: KVView) -> str | None:
@@ -121,7 +122,7 @@ def attention(
         COLUMNS=min(k_padded, launch.warps * 2**12 // k_padded),
         SHARES=max(1, launch.warps * 2**11 // (v_padded * most_rows)),
         V_COLUMNS=min(v_padded, launch.warps * 2**12 // v_padded) if v_part.quantizer.bits < 16 else v_padded,
-        num_warps=launch.warps, **({"maxnreg": launch.registers} if launch.registers else {}),
+        SKIP=launch.skip, num_warps=launch.warps, **({"maxnreg": launch.registers} if launch.registers else {}),
     )  # fmt: skip
     return result
 

@@ -184,7 +184,7 @@ def _packed(
     KD: tl.constexpr, KDP: tl.constexpr, VD: tl.constexpr, VDP: tl.constexpr, Q_LENGTH: tl.constexpr,
     KIND: tl.constexpr, MEAN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
     W: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr,
-    K_TERMS: tl.constexpr, Q_TERMS: tl.constexpr, COLUMNS: tl.constexpr,
+    K_TERMS: tl.constexpr, Q_TERMS: tl.constexpr, COLUMNS: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
     """Packed tokens `first` to `end` of a part; see `attend`."""
     K_BITS: tl.constexpr = KIND[0]
@@ -199,6 +199,10 @@ def _packed(
     v_codes += (batch * v_stride_b + kv_head * v_stride_h) * (VD if V_BITS == 16 else VD * V_BITS // 8)
     k_scales += batch * ks_stride_b + kv_head * ks_stride_h
     v_scales += batch * vs_stride_b + kv_head * vs_stride_h
+    if SKIP & 8:
+        line = tl.arange(0, 32 * W) * 128
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [k_codes + tl.minimum(first.to(tl.int64) * (KD * K_BITS // 8) + line, tl.maximum(packed - 1, 0) * (KD * K_BITS // 8))], tl.int32, is_pure=False, pack=1)
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [v_codes + tl.minimum(first.to(tl.int64) * (VD * V_BITS // 8) + line, tl.maximum(packed - 1, 0) * (VD * V_BITS // 8))], tl.int32, is_pure=False, pack=1)
     dtype: tl.constexpr = tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16
     ROWS: tl.constexpr = row.shape[0]
     coefficient = tl.full([ROWS], 0.0, tl.float32)
@@ -209,7 +213,11 @@ def _packed(
         query = load_queries(q, row, valid, tl.arange(0, KDP), KD, W)
     else:
         channels = key_channels(KD, KDP, K_BITS)
-        x, norm = rotated(q, k_rotation, row, valid, channels, KD, KDP, K_TERMS, Q_TERMS, COLUMNS)
+        if SKIP & 4:
+            x = tl.load(q + row[None, :] * KD + channels[:, None]).to(tl.float32)
+            norm = tl.sum(x, 0)
+        else:
+            x, norm = rotated(q, k_rotation, row, valid, channels, KD, KDP, K_TERMS, Q_TERMS, COLUMNS)
         coefficient = norm * (factor / QUERY_LIFT)
         x *= QUERY_LIFT
         if K_GRID:
@@ -242,7 +250,7 @@ def _packed(
             MASK, CAUSAL, SOFTCAP, K_SCALES, V_SCALES, W, BN, dtype, FAST, False,
         )  # fmt: skip
     if V_GRID:
-        low = lowered(value_channels(VD, VDP, V_BITS), V_BITS)[None, :, None]
+        low = lowered(value_channels(tl.arange(0, VDP), VD, VDP, V_BITS), V_BITS)[None, :, None]
         acc = (acc * low - tl.max(sums, 1)[:, None, :] / 2) * (_step(v_table, V_BITS) / UNIT)
     return m, total, acc
 
@@ -263,7 +271,7 @@ def attend(
     MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
     K_TERMS: tl.constexpr, V_TERMS: tl.constexpr, Q_TERMS: tl.constexpr, SINK: tl.constexpr,
     W: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr,
-    COLUMNS: tl.constexpr, SHARES: tl.constexpr, V_COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, SHARES: tl.constexpr, V_COLUMNS: tl.constexpr, SKIP: tl.constexpr = 0,
 ):  # fmt: skip
     """Attend to one share of one KV head's tokens, for up to ROWS of its queries.
 
@@ -331,9 +339,9 @@ def attend(
                 near_length, sinks + far_length, kv_length, factor, softcap,
                 mask_stride_h, mask_stride_q, mask_stride_k, m, total, acc,
                 KD, KDP, VD, VDP, Q_LENGTH, NEAR, MEAN, MASK, CAUSAL, SOFTCAP, W, BN, 1, FAST,
-                K_TERMS, Q_TERMS, COLUMNS,
+                K_TERMS, Q_TERMS, COLUMNS, SKIP,
             )  # fmt: skip
-            channels = value_channels(VD, VDP, NEAR_BITS)
+            channels = value_channels(tl.arange(0, VDP), VD, VDP, NEAR_BITS)
             place = tl.where(channels < VD, value_place(channels, VDP, ORDER), -1)
             _finish(m, total, acc, place, out, lse, tl.arange(0, ROWS), valid, VDP, NR)
     else:
@@ -346,16 +354,20 @@ def attend(
                 far_length, sinks, kv_length, factor, softcap,
                 mask_stride_h, mask_stride_q, mask_stride_k, m, total, acc,
                 KD, KDP, VD, VDP, Q_LENGTH, FAR, MEAN, MASK, CAUSAL, SOFTCAP, W, BN, STAGES, FAST,
-                K_TERMS, Q_TERMS, COLUMNS,
+                K_TERMS, Q_TERMS, COLUMNS, SKIP,
             )  # fmt: skip
             _finish(m, total, acc, tl.arange(0, VDP), out, lse, tl.arange(0, ROWS), valid, VDP, NR)
+    if SKIP & 2:
+        return
     tl.debug_barrier()
     if tl.atomic_add(done + number, 1, sem="acq_rel") == shares - 1:
         tl.store(done + number, 0)
-        some = tl.program_id(2) * ROWS + tl.arange(0, NR)
-        these = tl.minimum(some, GROUP * Q_LENGTH - 1)
+        if SKIP & 1:
+            shares = 0
         merge(
-            all_out, all_lse, sink_logits, v_rotation, result, shares, pair * (GROUP * Q_LENGTH) + these,
-            kv_head * GROUP + these // Q_LENGTH, some < GROUP * Q_LENGTH,
-            VD, VDP, NR, ORDER, SINK, V_TERMS, SHARES, V_COLUMNS,
+            all_out, all_lse, sink_logits, v_rotation, result, shares,
+            pair * (GROUP * Q_LENGTH) + tl.program_id(2) * ROWS,
+            kv_head * (GROUP * Q_LENGTH) + tl.program_id(2) * ROWS,
+            tl.minimum(GROUP * Q_LENGTH - tl.program_id(2) * ROWS, NR),
+            VD, VDP, NR, ORDER, Q_LENGTH, SINK, V_TERMS, SHARES, V_COLUMNS,
         )  # fmt: skip

@@ -76,9 +76,9 @@ def along_mean(q, mean, row, valid, D: tl.constexpr, DP: tl.constexpr):
 
 @triton.jit
 def merge(
-    out, lse, sink_logits, rotation, result, shares, row, head, valid,
-    D: tl.constexpr, DP: tl.constexpr, NR: tl.constexpr, BITS: tl.constexpr, SINK: tl.constexpr, TERMS: tl.constexpr,
-    SHARES: tl.constexpr, COLUMNS: tl.constexpr,
+    out, lse, sink_logits, rotation, result, shares, first_row, first_head, present,
+    D: tl.constexpr, DP: tl.constexpr, NR: tl.constexpr, BITS: tl.constexpr, Q_LENGTH: tl.constexpr,
+    SINK: tl.constexpr, TERMS: tl.constexpr, SHARES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Merge the shares of some queries, and rotate what came from codes back.
 
@@ -89,51 +89,57 @@ def merge(
         rotation: `[TERMS, D, D]`, or anything where BITS is 16.
         result: Out, `[rows, D]`.
         shares: Shares of the work.
-        row: Which queries, `[NR]`.
-        head: Their heads.
-        valid: Which of them there are.
+        first_row: The first query; the others follow.
+        first_head: Its number among the heads times Q_LENGTH plus its own among the query tokens.
+        present: How many queries there are, of NR.
         D: Size of a value.
         DP: The next power of 2.
-        NR: Queries.
+        NR: Queries, and room for some.
         BITS: Of the values whose order `out` has.
+        Q_LENGTH: Query tokens.
         SINK: Whether there are sink logits.
         TERMS: Terms of the rotation.
         SHARES: Shares read at once.
         COLUMNS: Coordinates of the result made at once; all with 16 bits.
     """
-    r = tl.arange(0, NR)
-    i = tl.arange(0, SHARES)
-    channels = value_channels(D, DP, BITS)
-    entry = tl.arange(0, DP)[:, None] * NR + r[None, :]
-    there = (channels < D)[:, None] & valid[None, :]
-    top = tl.full([NR], -INFINITY, tl.float32)
-    mass = tl.full([NR], 0.0, tl.float32)
+    entry = tl.arange(0, DP * NR)  # a thread has its entries of all shares, so that none waits for another
+    there = (value_channels(entry // NR, D, DP, BITS) < D) & (entry % NR < present)
+    i = tl.arange(0, SHARES)[:, None]
+    top = tl.full([DP * NR], -INFINITY, tl.float32)
+    mass = tl.full([DP * NR], 0.0, tl.float32)
     if SINK:
+        head = (first_head + tl.minimum(entry % NR, present - 1)) // Q_LENGTH
         top = tl.load(sink_logits + head).to(tl.float32) * LOG2E
         mass += 1.0
-    coded = tl.zeros([DP, NR], tl.float32)
+    coded = tl.zeros([DP * NR], tl.float32)
     for start in range(0, shares, SHARES):
         share = start + i
-        known = (share < shares)[:, None] & valid[None, :]
-        part = tl.load(lse + share[:, None] * NR + r[None, :], mask=known, other=-INFINITY, cache_modifier=".cg")
-        at = out + share[:, None, None] * (DP * NR) + entry[None, :, :]
-        packed = ((share > 0) & (share < shares))[:, None, None] & there[None, :, :]
-        x = tl.load(at, mask=packed, other=0.0, cache_modifier=".cg")
+        part = tl.load(
+            lse + share * NR + (entry % NR)[None, :], mask=(share < shares) & there[None, :], other=-INFINITY,
+            cache_modifier=".cg",
+        )  # fmt: skip
+        x = tl.load(
+            out + share * (DP * NR) + entry[None, :], mask=(share > 0) & (share < shares) & there[None, :], other=0.0,
+            cache_modifier=".cg",
+        )  # fmt: skip
         new = tl.maximum(top, tl.max(part, 0))
         base = tl.where(new == -INFINITY, 0.0, new)
         decay = tl.exp2(top - base)
         weight = tl.exp2(part - base[None, :])
         mass = mass * decay + tl.sum(weight, 0)
-        coded = coded * decay[None, :] + tl.sum(weight[:, None, :] * x, 0)
+        coded = coded * decay + tl.sum(weight * x, 0)
         top = new
     inverse = 1 / tl.where(mass > 0, mass, 1.0)
-    first = tl.load(lse + r, mask=valid, other=-INFINITY, cache_modifier=".cg")
-    first = tl.exp2(first - tl.where(top == -INFINITY, 0.0, top)) * inverse
-    coded *= inverse[None, :]
+    plain = tl.load(lse + entry % NR, mask=there, other=-INFINITY, cache_modifier=".cg")
+    plain = tl.exp2(plain - tl.where(top == -INFINITY, 0.0, top)) * inverse
+    r = tl.arange(0, NR)
+    plain = tl.max(tl.reshape(plain, [DP, NR]), 0)[None, :]  # the same for every channel
+    coded = tl.reshape(coded * inverse, [DP, NR])
+    channels = value_channels(tl.arange(0, DP), D, DP, BITS)
     for start in tl.static_range(0, DP, COLUMNS):
         c = start + tl.arange(0, COLUMNS)
-        inside = (c < D)[:, None] & valid[None, :]
-        x = tl.load(out + c[:, None] * NR + r[None, :], mask=inside, other=0.0, cache_modifier=".cg") * first[None, :]
+        inside = (c < D)[:, None] & (r < present)[None, :]
+        x = tl.load(out + c[:, None] * NR + r[None, :], mask=inside, other=0.0, cache_modifier=".cg") * plain
         if BITS == 16:
             x += coded
         else:
@@ -142,4 +148,4 @@ def merge(
             x = _product(tl.load(matrix, mask=both, other=0.0), coded, x, 2)
             if TERMS > 1:
                 x = _product(tl.load(matrix + D * D, mask=both, other=0.0), coded, x, 1)
-        tl.store(result + row[None, :] * D + c[:, None], x.to(result.dtype.element_ty), mask=inside)
+        tl.store(result + (first_row + r)[None, :] * D + c[:, None], x.to(result.dtype.element_ty), mask=inside)

@@ -44,10 +44,9 @@ def key_channels(D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def value_channels(D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
-    """Channel of every entry of a `load_values` tile's channel dimension, D for padding."""
+def value_channels(at, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
+    """Channel of entry `at` of a `load_values` tile's channel dimension, D for padding."""
     S: tl.constexpr = slots(BITS, DP)
-    at = tl.arange(0, DP)
     if BITS == 16:
         channel = tl.where(at < D, at, D)
     else:
@@ -104,8 +103,8 @@ def _load(
     x = _load_elements(first, token, element, left, REAL, C, FULL)
     y = x
     z = x
-    if BITS == 6:
-        y = _load_elements(at + D // 2, token, element, left, REAL, C, FULL)
+    if BITS == 6:  # 8 bytes a thread as of the first plane: with 16, the compiler would read 32 of that at a time
+        y = _load_elements(at + D // 2, token, tl.max_contiguous(element, [1, 1, 1, 1, 8]), left, REAL, C, FULL)
     if BITS == 3:
         y = _load_elements(first + REAL, token, element, left, REAL, C, FULL)
         z = _load_elements(first + 2 * REAL, token, element, left, REAL, C, FULL)
