@@ -18,7 +18,6 @@ GPU = torch.cuda.is_available()
 pytestmark = pytest.mark.usefixtures("_poisoned")
 
 from turboquant_local.kernels.triton import decode_attention, decode_kernels  # noqa: E402  after the skip
-from turboquant_local.kernels.triton import queries as queries_kernels  # noqa: E402
 
 
 def test_values_of_any_size(case: Any) -> None:
@@ -138,8 +137,7 @@ def test_refusals_name_the_reason_and_auto_falls_back(case: Any) -> None:
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device; CI has none")
 def test_the_length_compiles_nothing_anew(case: Any) -> None:
     def variants() -> int:
-        kernels = (queries_kernels.prepare, decode_kernels.partials, queries_kernels.combine)
-        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+        return sum(len(cache[0]) for cache in decode_kernels.attend.device_caches.values())
 
     query = case.queries(8, 1, 128, torch.bfloat16)
     for tokens in (150, 182):

@@ -10,7 +10,7 @@ import triton
 
 from turboquant_local.codec.quantizer import MSEQuantizer, Quantizer
 from turboquant_local.kernels.layout import KVView, PackedKV
-from turboquant_local.kernels.triton.decode_kernels import attend
+from turboquant_local.kernels.triton.decode_kernels import OTHER_TILES, attend
 from turboquant_local.kernels.triton.devices import counters, multiprocessors, unserved
 
 MAX_Q_LENGTH = 8
@@ -88,10 +88,15 @@ def attention(
     launch = launch or _launch(keys, values, query.dtype, pairs)
     tile = launch.warps * launch.tokens
     far_tiles, near_tiles = (triton.cdiv(part.length, tile) if part else 0 for part in (keys.far, keys.near))
-    near_shares = min(near_tiles, launch.near)
-    wanted = max(1, launch.waves * multiprocessors(query.device) // (pairs * chunks) - 1 - near_shares)
-    far_shares = triton.cdiv(far_tiles, triton.cdiv(far_tiles, min(wanted, far_tiles))) if far_tiles else 0
-    shares = 1 + near_shares + far_shares
+    programs = max(1, launch.waves * multiprocessors(query.device) // (pairs * chunks))
+    near_shares = min(near_tiles, launch.near, max(1, programs - 1))
+    others = 1 + near_shares
+    apart, sharing = others, max(0, min(programs - others, far_tiles))
+    if far_tiles and (sharing == 0 or triton.cdiv(far_tiles, sharing) > _with_others(far_tiles, others, programs)):
+        apart, sharing = 0, max(programs, others)
+    elif far_tiles:
+        sharing = triton.cdiv(far_tiles, triton.cdiv(far_tiles, sharing))
+    shares = others + sharing
 
     most_rows = triton.next_power_of_2(min(group * q_length, rows_at_once))
     out = query.new_empty(pairs * chunks * shares, v_padded, most_rows, dtype=torch.float32)
@@ -104,14 +109,14 @@ def attention(
     k_part, v_part = keys.packed[0], values.packed[0]  # all parts of a side share mean and rotation
     k_rotation, k_terms = _rotation(k_part, fast)
     v_rotation, v_terms = _rotation(v_part, fast)
-    attend[(pairs, shares, chunks)](
+    attend[(pairs, apart + sharing, chunks)](
         query, k_rotation, query if k_part.mean is None else k_part.mean.contiguous(),
         tuple(x.contiguous() for x in (keys.sinks, keys.recent, values.sinks, values.recent)),
         far or near, far_strides or near_strides, near or far, near_strides or far_strides, mask, mask_strides,
         query if keys.lengths is None else keys.lengths, out, lse, counters(query.device, pairs * chunks),
         query if sink_logits is None else sink_logits, v_rotation, result,
         (keys.sinks.shape[2], *(part.length if part else 0 for part in (keys.far, keys.near)), keys.recent.shape[2]),
-        near_shares, scaling if softcap is not None else scaling * 1.4426950408889634, softcap or 0.0,
+        near_shares, apart, scaling if softcap is not None else scaling * 1.4426950408889634, softcap or 0.0,
         KV_HEADS=kv_heads, GROUP=group, Q_LENGTH=q_length, ROWS=rows_at_once, NR=most_rows,
         KD=k_dim, KDP=k_padded, VD=v_dim, VDP=v_padded,
         FAR=far_kind, NEAR=near_kind, MEAN=k_part.mean is not None, LENGTHS=keys.lengths is not None,
@@ -125,6 +130,11 @@ def attention(
         SKIP=launch.skip, num_warps=launch.warps, **({"maxnreg": launch.registers} if launch.registers else {}),
     )  # fmt: skip
     return result
+
+
+def _with_others(tiles: int, others: int, programs: int) -> int:
+    """Most far tiles of a program if some have other work too, which counts as tiles."""
+    return triton.cdiv(tiles + others * OTHER_TILES.value, max(programs, others))
 
 
 def _launch(keys: KVView, values: KVView, dtype: torch.dtype, pairs: int) -> Launch:

@@ -9,6 +9,7 @@ import triton.language as tl
 from turboquant_local.kernels.triton.codes import UNIT, centre, lowered
 from turboquant_local.kernels.triton.queries import QUERY_LIFT, along_mean, merge, rotated
 from turboquant_local.kernels.triton.tiles import (
+    _load,
     key_channels,
     load_keys,
     load_plain,
@@ -23,6 +24,9 @@ from turboquant_local.kernels.triton.tiles import (
 
 LOG2E = tl.constexpr(1.4426950408889634)
 INFINITY = tl.constexpr(float("inf"))
+
+OTHER_TILES = tl.constexpr(4)
+"""Tiles of far tokens that take about as long as the other work of a program that has some."""
 
 
 @triton.jit
@@ -49,12 +53,13 @@ def _visible(
 
 
 @triton.jit
-def _softmax(s, scale, m, total, acc):
+def _softmax(s, scale, lift, m, total, acc):
     """One step of the running softmax of every warp.
 
     Args:
         s: Scores `[W, BN, ROWS]` in base 2.
         scale: What the tokens' values are to be multiplied by, `[W, BN]`, not negative.
+        lift: Its logarithm, but for 1; anything finite for 0.
         m: Running maximum of score times scale, `[W, ROWS]`, up to a factor of 2: so the weights fit float16 whatever
             the scales are.
         total: Running sum of the exponentials, one for every register, `[W, BN, ROWS]`.
@@ -64,8 +69,7 @@ def _softmax(s, scale, m, total, acc):
         Weights `[W, BN, ROWS]`, scale included, what sums so far are to be multiplied by, `[W, ROWS]`, and the three
         running quantities.
     """
-    lift = ((scale.to(tl.int32, bitcast=True) >> 23) - 126).to(tl.float32)  # log2, rounded up
-    new = tl.maximum(m, tl.max(s + tl.maximum(lift, -24.0)[:, :, None], 1))
+    new = tl.maximum(m, tl.max(s + lift[:, :, None], 1))
     base = tl.where(new == -INFINITY, 0.0, new)
     decay = tl.exp2(m - base)
     weights = tl.exp2(s - base[:, None, :])
@@ -124,7 +128,7 @@ def _sinks_and_recent(
             stride_mh, stride_mq, stride_mk, softcap, Q_LENGTH, MASK, CAUSAL, SOFTCAP,
         )  # fmt: skip
         s = tl.where(in_range[:, :, None], s, -INFINITY)
-        p, _, m, total, acc = _softmax(s, tl.full([W, BN], 1.0, tl.float32), m, total, acc)
+        p, _, m, total, acc = _softmax(s, tl.full([W, BN], 1.0, tl.float32), tl.zeros([W, BN], tl.float32), m, total, acc)
         values = tl.permute(values, [0, 2, 1])
         acc = tl.dot(values, p.to(values.dtype), acc=acc, input_precision="ieee")
     return m, total, acc
@@ -138,9 +142,19 @@ def _packed_tile(
     KD: tl.constexpr, KDP: tl.constexpr, VD: tl.constexpr, VDP: tl.constexpr, Q_LENGTH: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_GRID: tl.constexpr, V_GRID: tl.constexpr, MEAN: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, K_SCALES: tl.constexpr, V_SCALES: tl.constexpr,
-    W: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, FULL: tl.constexpr,
+    W: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, FULL: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
     """One tile of packed tokens, of which `FULL` says that none lies behind the last."""
+    if SKIP & 32 and FULL:
+        ka, kb, kc = _load(k_codes + start.to(tl.int64) * (KD * K_BITS // 8), packed, KD, KDP, K_BITS, W, BN // 32, FULL)
+        va, vb, vc = _load(v_codes + start.to(tl.int64) * (VD * V_BITS // 8), packed, VD, VDP, V_BITS, W, BN // 32, FULL)
+        k_scale, _ = load_scales(k_scales + start // scales_a_load(K_SCALES), k_unit, packed, W, BN, K_SCALES, FULL)
+        scale, lift = load_scales(v_scales + start // scales_a_load(V_SCALES), v_unit, packed, W, BN, V_SCALES, FULL)
+        z = ka ^ va
+        if K_BITS == 3:
+            z = z ^ kb ^ kc ^ vb ^ vc
+        z = tl.max(tl.max(tl.max(tl.max(tl.max(z, 4).to(tl.int32), 3), 2), 1), 0)
+        return m + z.to(tl.float32), total + (k_scale + scale)[:, :, None], acc, sums
     left = packed - start
     local = token_of(tl.arange(0, W)[:, None], tl.arange(0, BN)[None, :], W)
     in_range = local < left
@@ -148,7 +162,7 @@ def _packed_tile(
         k = load_plain(k_codes + (start.to(tl.int64) + local) * KD, in_range, KD, KDP, FULL)
         s = tl.dot(k, query, input_precision="ieee") * factor
     else:
-        k_scale = load_scales(k_scales + start // scales_a_load(K_SCALES), k_unit, left, W, BN, K_SCALES, FULL)
+        k_scale, _ = load_scales(k_scales + start // scales_a_load(K_SCALES), k_unit, left, W, BN, K_SCALES, FULL)
         k_at = k_codes + start.to(tl.int64) * (KD * K_BITS // 8)
         k = load_keys(k_at, k_table, left, KD, KDP, K_BITS, K_GRID, W, BN, DTYPE, FAST, FULL)
         s = tl.dot(k, query, input_precision="ieee")
@@ -162,12 +176,12 @@ def _packed_tile(
     if not FULL:
         s = tl.where(in_range[:, :, None], s, -INFINITY)
     if V_BITS == 16:
-        p, _, m, total, acc = _softmax(s, tl.full([W, BN], 1.0, tl.float32), m, total, acc)
+        p, _, m, total, acc = _softmax(s, tl.full([W, BN], 1.0, tl.float32), tl.zeros([W, BN], tl.float32), m, total, acc)
         v = load_plain(v_codes + (start.to(tl.int64) + local) * VD, in_range, VD, VDP, FULL)
         v = tl.permute(v, [0, 2, 1])
     else:
-        scale = load_scales(v_scales + start // scales_a_load(V_SCALES), v_unit, left, W, BN, V_SCALES, FULL)
-        p, decay, m, total, acc = _softmax(s, scale, m, total, acc)
+        scale, lift = load_scales(v_scales + start // scales_a_load(V_SCALES), v_unit, left, W, BN, V_SCALES, FULL)
+        p, decay, m, total, acc = _softmax(s, scale, lift, m, total, acc)
         v_at = v_codes + start.to(tl.int64) * (VD * V_BITS // 8)
         v = load_values(v_at, v_table, left, VD, VDP, V_BITS, V_GRID, W, BN, DTYPE, FAST, FULL)
         if centre(V_BITS, V_GRID, DTYPE == tl.float32) > 0:  # of the rounded weights, by the same additions
@@ -236,10 +250,10 @@ def _packed(
     for step in tl.range(0, whole, W * BN, num_stages=STAGES):
         m, total, acc, sums = _packed_tile(
             k_codes, k_scales, k_unit, k_table, v_codes, v_scales, v_unit, v_table, mask,
-            query, coefficient, constant, middle, head, token, first + step, packed, position, kv_length, factor,
+            query, coefficient, constant, middle, head, token, first + step % (2 * W * BN if SKIP & 16 else 2**30), packed, position, kv_length, factor,
             softcap, stride_mh, stride_mq, stride_mk, m, total, acc, sums,
             KD, KDP, VD, VDP, Q_LENGTH, K_BITS, V_BITS, K_GRID, V_GRID, MEAN,
-            MASK, CAUSAL, SOFTCAP, K_SCALES, V_SCALES, W, BN, dtype, FAST, True,
+            MASK, CAUSAL, SOFTCAP, K_SCALES, V_SCALES, W, BN, dtype, FAST, True, SKIP,
         )  # fmt: skip
     for step in tl.range(whole, end - first, W * BN, num_stages=1):
         m, total, acc, sums = _packed_tile(
@@ -247,7 +261,7 @@ def _packed(
             query, coefficient, constant, middle, head, token, first + step, packed, position, kv_length, factor,
             softcap, stride_mh, stride_mq, stride_mk, m, total, acc, sums,
             KD, KDP, VD, VDP, Q_LENGTH, K_BITS, V_BITS, K_GRID, V_GRID, MEAN,
-            MASK, CAUSAL, SOFTCAP, K_SCALES, V_SCALES, W, BN, dtype, FAST, False,
+            MASK, CAUSAL, SOFTCAP, K_SCALES, V_SCALES, W, BN, dtype, FAST, False, SKIP,
         )  # fmt: skip
     if V_GRID:
         low = lowered(value_channels(tl.arange(0, VDP), VD, VDP, V_BITS), V_BITS)[None, :, None]
@@ -261,10 +275,10 @@ def _step(table, BITS: tl.constexpr):
     return (tl.load(table + (2**BITS - 1)) - tl.load(table)) / (2**BITS - 1)
 
 
-@triton.jit(do_not_specialize=["sizes", "far_strides", "near_strides", "mask_strides", "near_shares"])
+@triton.jit(do_not_specialize=["sizes", "far_strides", "near_strides", "mask_strides", "near_shares", "apart"])
 def attend(
     q, k_rotation, mean, plain, far, far_strides, near, near_strides, mask, mask_strides,
-    lengths, out, lse, done, sink_logits, v_rotation, result, sizes, near_shares, factor, softcap,
+    lengths, out, lse, done, sink_logits, v_rotation, result, sizes, near_shares, apart, factor, softcap,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, Q_LENGTH: tl.constexpr, ROWS: tl.constexpr, NR: tl.constexpr,
     KD: tl.constexpr, KDP: tl.constexpr, VD: tl.constexpr, VDP: tl.constexpr,
     FAR: tl.constexpr, NEAR: tl.constexpr, MEAN: tl.constexpr, LENGTHS: tl.constexpr,
@@ -309,63 +323,67 @@ def attend(
     token = tl.where(valid, in_group, 0) % Q_LENGTH
     head = kv_head * GROUP + tl.where(valid, in_group, 0) // Q_LENGTH
     mask += batch * mask_stride_b
-    share = tl.program_id(1)
-    shares = tl.num_programs(1)
+    program = tl.program_id(1)
+    others = 1 + near_shares
+    sharing = tl.num_programs(1) - apart  # programs with far tokens, of which the first have other work too
+    shares = others + sharing
     number = pair * tl.num_programs(2) + tl.program_id(2)
-    all_lse = lse + number * shares * NR
-    all_out = out + number * shares * (VDP * NR)
-    lse = all_lse + share * NR
-    out = all_out + share * (VDP * NR)
-    m = tl.full([W, ROWS], -INFINITY, tl.float32)
-    total = tl.zeros([W, BN, ROWS], tl.float32)
-    acc = tl.zeros([W, VDP, ROWS], tl.float32)
+    lse += number * shares * NR
+    out += number * shares * (VDP * NR)
+    zero = tl.full([W, ROWS], -INFINITY, tl.float32), tl.zeros([W, BN, ROWS], tl.float32), tl.zeros([W, VDP, ROWS], tl.float32)
     ORDER: tl.constexpr = NEAR[3] if FAR is None else FAR[3]
     NEAR_BITS: tl.constexpr = ORDER if NEAR is None else NEAR[3]
-    if share == 0:
+    columns = tl.arange(0, ROWS)
+    if program == 0:
         m, total, acc = _sinks_and_recent(
             q, k_sinks, k_recent, v_sinks, v_recent, mask,
             row, valid, head, token, sinks, recent, kv_length, factor, softcap,
-            mask_stride_h, mask_stride_q, mask_stride_k, m, total, acc,
+            mask_stride_h, mask_stride_q, mask_stride_k, *zero,
             KD, KDP, VD, VDP, Q_LENGTH, MASK, CAUSAL, SOFTCAP, W, BN,
         )  # fmt: skip
-        _finish(m, total, acc, tl.arange(0, VDP), out, lse, tl.arange(0, ROWS), valid, VDP, NR)
-    elif share <= near_shares:
+        _finish(m, total, acc, tl.arange(0, VDP), out, lse, columns, valid, VDP, NR)
+    elif program < others:
         if NEAR is not None:
             tiles = tl.cdiv(tl.cdiv(near_length, W * BN), near_shares) * (W * BN)
-            first = (share - 1) * tiles
+            first = (program - 1) * tiles
             m, total, acc = _packed(
                 q, k_rotation, mean, near, near_strides, mask,
                 pair, batch, kv_head, row, valid, head, token, first, tl.minimum(first + tiles, near_length),
                 near_length, sinks + far_length, kv_length, factor, softcap,
-                mask_stride_h, mask_stride_q, mask_stride_k, m, total, acc,
+                mask_stride_h, mask_stride_q, mask_stride_k, *zero,
                 KD, KDP, VD, VDP, Q_LENGTH, NEAR, MEAN, MASK, CAUSAL, SOFTCAP, W, BN, 1, FAST,
                 K_TERMS, Q_TERMS, COLUMNS, SKIP,
             )  # fmt: skip
             channels = value_channels(tl.arange(0, VDP), VD, VDP, NEAR_BITS)
             place = tl.where(channels < VD, value_place(channels, VDP, ORDER), -1)
-            _finish(m, total, acc, place, out, lse, tl.arange(0, ROWS), valid, VDP, NR)
-    else:
-        if FAR is not None:
-            tiles = tl.cdiv(tl.cdiv(far_length, W * BN), shares - 1 - near_shares) * (W * BN)
-            first = (share - 1 - near_shares) * tiles
+            _finish(m, total, acc, place, out + program * (VDP * NR), lse + program * NR, columns, valid, VDP, NR)
+    if FAR is not None:
+        if program >= apart:
+            share = program - apart
+            most = tl.cdiv(tl.cdiv(far_length, W * BN) + (others - apart) * OTHER_TILES, sharing)
+            fewer = tl.maximum(most - OTHER_TILES, 0)
+            tiles = tl.where(share < others - apart, fewer, most) * (W * BN)
+            first = tl.minimum(share, others - apart) * fewer + tl.maximum(share - others + apart, 0) * most
+            first *= W * BN
             m, total, acc = _packed(
                 q, k_rotation, mean, far, far_strides, mask,
                 pair, batch, kv_head, row, valid, head, token, first, tl.minimum(first + tiles, far_length),
                 far_length, sinks, kv_length, factor, softcap,
-                mask_stride_h, mask_stride_q, mask_stride_k, m, total, acc,
+                mask_stride_h, mask_stride_q, mask_stride_k, *zero,
                 KD, KDP, VD, VDP, Q_LENGTH, FAR, MEAN, MASK, CAUSAL, SOFTCAP, W, BN, STAGES, FAST,
                 K_TERMS, Q_TERMS, COLUMNS, SKIP,
             )  # fmt: skip
-            _finish(m, total, acc, tl.arange(0, VDP), out, lse, tl.arange(0, ROWS), valid, VDP, NR)
+            share += others
+            _finish(m, total, acc, tl.arange(0, VDP), out + share * (VDP * NR), lse + share * NR, columns, valid, VDP, NR)
     if SKIP & 2:
         return
     tl.debug_barrier()
-    if tl.atomic_add(done + number, 1, sem="acq_rel") == shares - 1:
+    if tl.atomic_add(done + number, 1, sem="acq_rel") == tl.num_programs(1) - 1:
         tl.store(done + number, 0)
         if SKIP & 1:
             shares = 0
         merge(
-            all_out, all_lse, sink_logits, v_rotation, result, shares,
+            out, lse, sink_logits, v_rotation, result, shares,
             pair * (GROUP * Q_LENGTH) + tl.program_id(2) * ROWS,
             kv_head * (GROUP * Q_LENGTH) + tl.program_id(2) * ROWS,
             tl.minimum(GROUP * Q_LENGTH - tl.program_id(2) * ROWS, NR),

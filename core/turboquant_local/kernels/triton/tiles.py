@@ -96,7 +96,7 @@ def _load(
     r = tl.arange(0, R)[None, None, None, :, None]
     element = tl.arange(0, C)[None, None, None, None, :]
     token = (r * W + w) * 32 + 4 * p + t
-    at = codes + token * (D * BITS // 8)
+    at = codes + (4 * p + t) * (D * BITS // 8) + (r * W + w) * (32 * D * BITS // 8)  # the second term is known
     first = at
     if BITS * S % 16 == 0 or BITS == 6:
         first = at.to(tl.pointer_type(tl.uint16), bitcast=True)
@@ -160,8 +160,15 @@ def scales_a_load(layout: str) -> int:
 
 @triton.jit
 def _from_byte(x, unit):
-    """An 8-bit scale (see `kernels.layout`), for a unit given as its logarithm."""
-    return tl.where(x == 0, 0.0, tl.exp2((x.to(tl.float32) - _UNIT_CODE) * (1 / _STEPS) + unit))
+    """An 8-bit scale (see `kernels.layout`), for a unit given as its logarithm, and the scale's logarithm."""
+    log = x.to(tl.float32) * (1 / _STEPS) + (unit - _UNIT_CODE / _STEPS)
+    return tl.where(x == 0, 0.0, tl.exp2(log)), log
+
+
+@triton.jit
+def _rounded_log(x):
+    """The logarithm (base 2) of a float16 held as float32, rounded up, -24 for 0."""
+    return tl.maximum(((x.to(tl.int32, bitcast=True) >> 23) - 126).to(tl.float32), -24.0)
 
 
 @triton.jit
@@ -169,7 +176,7 @@ def load_scales(
     scales, unit, left,
     W: tl.constexpr, BN: tl.constexpr, LAYOUT: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Scales of a tile's tokens in float32, `[W, BN]`; 0 from token `left` on.
+    """Scales of a tile's tokens in float32, 0 from token `left` on, and their logarithms but for 1; both `[W, BN]`.
 
     Args:
         scales: Pointer to the tile's first scale: float16 ("half") or uint8 ("byte"), or int32 where two ("halves")
@@ -190,7 +197,7 @@ def load_scales(
         word = tl.load(scales + at) if FULL else tl.load(scales + at, mask=at * 4 < left, other=0)
         low = tl.join(word & 255, (word >> 16) & 255)
         high = tl.join((word >> 8) & 255, (word >> 24) & 255)
-        x = _from_byte(tl.reshape(tl.join(low, high), [R, W, 8, 4]), unit)
+        x, log = _from_byte(tl.reshape(tl.join(low, high), [R, W, 8, 4]), unit)
     elif LAYOUT == "halves":
         at = (r * W + w) * 16 + p * 2 + tl.arange(0, 2)[None, None, None, :]
         both = tl.load(scales + at) if FULL else tl.load(scales + at, mask=at * 2 < left, other=0)
@@ -199,11 +206,16 @@ def load_scales(
         x = tl.reshape(tl.join(low, high), [R, W, 8, 4]).to(tl.float32)
         if not FULL:  # a word's second scale may be that of a token not in use: any bits
             x = tl.where((r * W + w) * 32 + p * 4 + tl.arange(0, 4)[None, None, None, :] < left, x, 0.0)
+        log = _rounded_log(x)
     else:
         at = (r * W + w) * 32 + p * 4 + tl.arange(0, 4)[None, None, None, :]
         x = tl.load(scales + at) if FULL else tl.load(scales + at, mask=at < left, other=0)
-        x = _from_byte(x, unit) if LAYOUT == "byte" else x.to(tl.float32)
-    return tl.reshape(tl.permute(x, [1, 0, 3, 2]), [W, BN])
+        if LAYOUT == "byte":
+            x, log = _from_byte(x, unit)
+        else:
+            x = x.to(tl.float32)
+            log = _rounded_log(x)
+    return tl.reshape(tl.permute(x, [1, 0, 3, 2]), [W, BN]), tl.reshape(tl.permute(log, [1, 0, 3, 2]), [W, BN])
 
 
 @triton.jit
