@@ -43,14 +43,14 @@ def lowered(channel, BITS: tl.constexpr):
 
 
 @triton.constexpr_function
-def _assembly(bits: int, slots: int) -> tuple[str, str, int]:
-    """PTX from packed elements to levels, its constraints, and how many elements it takes.
+def _assembly(bits: int, slots: int) -> tuple[str, str, tuple[tl.dtype, ...], int]:
+    """PTX from packed elements to levels, its constraints, types of its results, and how many elements it takes.
 
     It is elementwise over the elements that one call takes, so any layout of the registers is right. Of 16-bit elements
     it takes two, and masks leave the same code of both, a float16 each. Of bytes it takes four, brought into the order
     0, 2, 1, 3 first, so that the low bytes of the halves are elements 0 and 1 and the high ones 2 and 3.
     """
-    planes, width, per_byte = {3: 3, 6: 2}.get(bits, 1), {2: 2, 3: 4, 4: 4, 6: 4}.get(bits, 8), {2: 4, 8: 1}.get(bits, 2)
+    planes, width, per_byte = {3: 3, 6: 2}.get(bits, 1), {2: 2, 8: 8}.get(bits, 4), {2: 4, 8: 1}.get(bits, 2)
     in_bytes = bits == 3 and slots == 8
     results = 16 if bits == 3 else slots
     x, y, z = (f"${results + plane}" for plane in range(3))
@@ -82,7 +82,7 @@ def _assembly(bits: int, slots: int) -> tuple[str, str, int]:
                     mask = ((2**bits - 1) << (width * slot)) * 0x10001
                     lines.append(f"and.b32 {result(number * per_byte + slot, upper)}, {word}, {mask:#x}")
     constraints = ",".join(["=&r"] * results + ["r"] * planes)
-    return "{\n" + ";\n".join(lines) + ";\n}", constraints, 4 if in_bytes else 2
+    return "{\n" + ";\n".join(lines) + ";\n}", constraints, (tl.float16,) * slots, 4 if in_bytes else 2
 
 
 @triton.jit
@@ -132,32 +132,21 @@ def _joined8(x0, x1, x2, x3, x4, x5, x6, x7):
 @triton.jit
 def _levels_by_assembly(x, y, z, BITS: tl.constexpr, SLOTS: tl.constexpr):
     how: tl.constexpr = _assembly(BITS, SLOTS)
-    if BITS == 8:
-        a, b = tl.inline_asm_elementwise(how[0], how[1], [x], (tl.float16, tl.float16), is_pure=True, pack=how[2])
-        out = tl.join(a, b)
-    elif BITS == 4:
-        a, b, c, d = tl.inline_asm_elementwise(how[0], how[1], [x], (tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=how[2])
-        out = _joined(a, b, c, d)
+    if BITS == 3:
+        r = tl.inline_asm_elementwise(how[0], how[1], [x, y, z], how[2], is_pure=True, pack=how[3])
     elif BITS == 6:
-        a, b, c, d = tl.inline_asm_elementwise(
-            how[0], how[1], [x, y.to(tl.uint16)], (tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=how[2]
-        )
-        out = _joined(a, b, c, d)
-    elif BITS == 2:
-        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-            how[0], how[1], [x], (tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=how[2]
-        )
-        out = _joined8(a, b, c, d, e, f, g, h)
-    elif SLOTS == 8:
-        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-            how[0], how[1], [x, y, z], (tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=how[2]
-        )
-        out = _joined8(a, b, c, d, e, f, g, h)
+        r = tl.inline_asm_elementwise(how[0], how[1], [x, y.to(tl.uint16)], how[2], is_pure=True, pack=how[3])
     else:
-        a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p = tl.inline_asm_elementwise(
-            how[0], how[1], [x, y, z], (tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=how[2]
-        )
-        out = tl.join(_joined8(a, c, e, g, i, k, m, o), _joined8(b, d, f, h, j, l, n, p))
+        r = tl.inline_asm_elementwise(how[0], how[1], [x], how[2], is_pure=True, pack=how[3])
+    if SLOTS == 2:
+        out = tl.join(r[0], r[1])
+    elif SLOTS == 4:
+        out = _joined(r[0], r[1], r[2], r[3])
+    elif SLOTS == 8:
+        out = _joined8(r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7])
+    else:
+        even = _joined8(r[0], r[2], r[4], r[6], r[8], r[10], r[12], r[14])
+        out = tl.join(even, _joined8(r[1], r[3], r[5], r[7], r[9], r[11], r[13], r[15]))
     return out
 
 

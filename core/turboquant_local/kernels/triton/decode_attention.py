@@ -125,7 +125,7 @@ def attention(
         SINK=sink_logits is not None,
         W=launch.warps, BN=launch.tokens, STAGES=launch.stages, FAST=fast,
         COLUMNS=min(k_padded, launch.warps * 2**12 // k_padded),
-        SHARES=max(1, launch.warps * 2**11 // (v_padded * most_rows)),
+        SHARES=max(1, launch.warps * 2**12 // (v_padded * most_rows)),
         V_COLUMNS=min(v_padded, launch.warps * 2**12 // v_padded) if v_part.quantizer.bits < 16 else v_padded,
         SKIP=launch.skip, num_warps=launch.warps, **({"maxnreg": launch.registers} if launch.registers else {}),
     )  # fmt: skip

@@ -1,13 +1,11 @@
-"""Device code of decode attention: attend to a share of the tokens.
-
-Every warp keeps a softmax of its own over its own tokens, so warps meet only once, at the end of a share.
-"""
+"""Device code of decode attention: attend to a share of the tokens, and merge the shares when all are done."""
 
 import triton
 import triton.language as tl
 
 from turboquant_local.kernels.triton.codes import UNIT, centre, lowered
 from turboquant_local.kernels.triton.queries import QUERY_LIFT, along_mean, merge, rotated
+from turboquant_local.kernels.triton.softmax import INFINITY, finish, softmax_step, visible
 from turboquant_local.kernels.triton.tiles import (
     _load,
     key_channels,
@@ -22,86 +20,8 @@ from turboquant_local.kernels.triton.tiles import (
     value_place,
 )
 
-LOG2E = tl.constexpr(1.4426950408889634)
-INFINITY = tl.constexpr(float("inf"))
-
 OTHER_TILES = tl.constexpr(4)
 """Tiles of far tokens that take about as long as the other work of a program that has some."""
-
-
-@triton.jit
-def _visible(
-    s, position, kv_length, mask, head, token, in_range, stride_mh, stride_mq, stride_mk, softcap,
-    Q_LENGTH: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """Cap and mask a tile of scores `[W, BN, ROWS]`; afterwards they are in base 2."""
-    if SOFTCAP:
-        x = s / softcap
-        e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
-        s = tl.where(x < 0, -1.0, 1.0) * (1 - e) / (1 + e) * softcap * LOG2E
-    if CAUSAL:
-        s = tl.where(position[:, :, None] > kv_length - Q_LENGTH + token[None, None, :], -INFINITY, s)
-    if MASK != "none":
-        row_at = head.to(tl.int64) * stride_mh + token * stride_mq
-        at = mask + row_at[None, None, :] + position[:, :, None].to(tl.int64) * stride_mk
-        shown = tl.load(at, mask=in_range[:, :, None], other=0)
-        if MASK == "bool":
-            s = tl.where(shown != 0, s, -INFINITY)
-        else:  # the lowest float32 must not overflow on its way to base 2
-            s += tl.where(shown == -INFINITY, -INFINITY, tl.maximum(shown.to(tl.float32), -2e38) * LOG2E)
-    return s
-
-
-@triton.jit
-def _softmax(s, scale, lift, m, total, acc):
-    """One step of the running softmax of every warp.
-
-    Args:
-        s: Scores `[W, BN, ROWS]` in base 2.
-        scale: What the tokens' values are to be multiplied by, `[W, BN]`, not negative.
-        lift: Its logarithm, but for 1; anything finite for 0.
-        m: Running maximum of score times scale, `[W, ROWS]`, up to a factor of 2: so the weights fit float16 whatever
-            the scales are.
-        total: Running sum of the exponentials, one for every register, `[W, BN, ROWS]`.
-        acc: Running sum of the values, `[W, VD, ROWS]`.
-
-    Returns:
-        Weights `[W, BN, ROWS]`, scale included, what sums so far are to be multiplied by, `[W, ROWS]`, and the three
-        running quantities.
-    """
-    new = tl.maximum(m, tl.max(s + lift[:, :, None], 1))
-    base = tl.where(new == -INFINITY, 0.0, new)
-    decay = tl.exp2(m - base)
-    weights = tl.exp2(s - base[:, None, :])
-    total = total * decay[:, None, :] + weights
-    return weights * scale[:, :, None], decay, new, total, acc * decay[:, None, :]
-
-
-@triton.jit
-def _finish(m, total, acc, place, out, lse, row, valid, DP: tl.constexpr, NR: tl.constexpr):
-    """Merge the warps' results, and store the mean value and the logarithm (base 2) of the sum.
-
-    Args:
-        m: As in `_softmax`.
-        total: Likewise.
-        acc: Likewise.
-        place: Where each channel is to lie, `[DP]`.
-        out: Where this share is to lie, `[DP, NR]`.
-        lse: Likewise, `[NR]`.
-        row: Number of every query, `[ROWS]`.
-        valid: Which of them there are.
-        DP: Size of a value, padded.
-        NR: Rows of `out`.
-    """
-    top = tl.max(m, 0)
-    top = tl.where(top == -INFINITY, 0.0, top)
-    share = tl.exp2(m - top[None, :])
-    mass = tl.sum(tl.sum(total, 1) * share, 0)
-    seen = mass > 0
-    share /= tl.where(seen, mass, 1.0)[None, :]
-    x = tl.sum(acc * share[:, None, :], 0)
-    tl.store(out + place[:, None] * NR + row[None, :], x, mask=valid[None, :] & (place >= 0)[:, None])
-    tl.store(lse + row, tl.where(seen, top + tl.log2(tl.where(seen, mass, 1.0)), -INFINITY), mask=valid)
 
 
 @triton.jit
@@ -123,12 +43,12 @@ def _sinks_and_recent(
         keys = load_plain(tl.where(is_sink, k_sinks, k_recent) + local * KD, in_range, KD, KDP, False)
         values = load_plain(tl.where(is_sink, v_sinks, v_recent) + local * VD, in_range, VD, VDP, False)
         s = tl.dot(keys, query, input_precision="ieee") * factor
-        s = _visible(
+        s = visible(
             s, tl.where(is_sink, local, local + kv_length - sinks - recent), kv_length, mask, head, token, in_range,
             stride_mh, stride_mq, stride_mk, softcap, Q_LENGTH, MASK, CAUSAL, SOFTCAP,
         )  # fmt: skip
         s = tl.where(in_range[:, :, None], s, -INFINITY)
-        p, _, m, total, acc = _softmax(s, tl.full([W, BN], 1.0, tl.float32), tl.zeros([W, BN], tl.float32), m, total, acc)
+        p, _, m, total, acc = softmax_step(s, tl.full([W, BN], 1.0, tl.float32), tl.zeros([W, BN], tl.float32), m, total, acc)
         values = tl.permute(values, [0, 2, 1])
         acc = tl.dot(values, p.to(values.dtype), acc=acc, input_precision="ieee")
     return m, total, acc
@@ -169,19 +89,19 @@ def _packed_tile(
         s = (s * coefficient[None, None, :] - middle[None, None, :]) * k_scale[:, :, None]
     if MEAN:
         s += constant[None, None, :]
-    s = _visible(
+    s = visible(
         s, position + start + local, kv_length, mask, head, token, in_range,
         stride_mh, stride_mq, stride_mk, softcap, Q_LENGTH, MASK, CAUSAL, SOFTCAP,
     )  # fmt: skip
     if not FULL:
         s = tl.where(in_range[:, :, None], s, -INFINITY)
     if V_BITS == 16:
-        p, _, m, total, acc = _softmax(s, tl.full([W, BN], 1.0, tl.float32), tl.zeros([W, BN], tl.float32), m, total, acc)
+        p, _, m, total, acc = softmax_step(s, tl.full([W, BN], 1.0, tl.float32), tl.zeros([W, BN], tl.float32), m, total, acc)
         v = load_plain(v_codes + (start.to(tl.int64) + local) * VD, in_range, VD, VDP, FULL)
         v = tl.permute(v, [0, 2, 1])
     else:
         scale, lift = load_scales(v_scales + start // scales_a_load(V_SCALES), v_unit, left, W, BN, V_SCALES, FULL)
-        p, decay, m, total, acc = _softmax(s, scale, lift, m, total, acc)
+        p, decay, m, total, acc = softmax_step(s, scale, lift, m, total, acc)
         v_at = v_codes + start.to(tl.int64) * (VD * V_BITS // 8)
         v = load_values(v_at, v_table, left, VD, VDP, V_BITS, V_GRID, W, BN, DTYPE, FAST, FULL)
         if centre(V_BITS, V_GRID, DTYPE == tl.float32) > 0:  # of the rounded weights, by the same additions
@@ -194,9 +114,9 @@ def _packed_tile(
 def _packed(
     q, k_rotation, mean, part, strides, mask,
     pair, batch, kv_head, row, valid, head, token, first, end, packed, position, kv_length, factor, softcap,
-    stride_mh, stride_mq, stride_mk, m, total, acc,
-    KD: tl.constexpr, KDP: tl.constexpr, VD: tl.constexpr, VDP: tl.constexpr, Q_LENGTH: tl.constexpr,
-    KIND: tl.constexpr, MEAN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
+    stride_mh, stride_mq, stride_mk, m, total, acc, out, lse,
+    KD: tl.constexpr, KDP: tl.constexpr, VD: tl.constexpr, VDP: tl.constexpr, NR: tl.constexpr,
+    Q_LENGTH: tl.constexpr, KIND: tl.constexpr, ORDER: tl.constexpr, MEAN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
     W: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr,
     K_TERMS: tl.constexpr, Q_TERMS: tl.constexpr, COLUMNS: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
@@ -263,10 +183,11 @@ def _packed(
             KD, KDP, VD, VDP, Q_LENGTH, K_BITS, V_BITS, K_GRID, V_GRID, MEAN,
             MASK, CAUSAL, SOFTCAP, K_SCALES, V_SCALES, W, BN, dtype, FAST, False, SKIP,
         )  # fmt: skip
-    if V_GRID:
-        low = lowered(value_channels(tl.arange(0, VDP), VD, VDP, V_BITS), V_BITS)[None, :, None]
-        acc = (acc * low - tl.max(sums, 1)[:, None, :] / 2) * (_step(v_table, V_BITS) / UNIT)
-    return m, total, acc
+    at = value_channels(tl.arange(0, VDP), VD, VDP, V_BITS)
+    place = tl.where(at < VD, value_place(at, VDP, ORDER), -1)
+    low = lowered(at, V_BITS) if V_GRID else tl.full([VDP], 1.0, tl.float32)
+    unit = _step(v_table, V_BITS) / UNIT if V_GRID else 1.0
+    finish(m, total, acc, tl.max(sums, 1) / 2, low, unit, place, out, lse, tl.arange(0, ROWS), valid, VDP, NR)
 
 
 @triton.jit
@@ -332,8 +253,6 @@ def attend(
     out += number * shares * (VDP * NR)
     zero = tl.full([W, ROWS], -INFINITY, tl.float32), tl.zeros([W, BN, ROWS], tl.float32), tl.zeros([W, VDP, ROWS], tl.float32)
     ORDER: tl.constexpr = NEAR[3] if FAR is None else FAR[3]
-    NEAR_BITS: tl.constexpr = ORDER if NEAR is None else NEAR[3]
-    columns = tl.arange(0, ROWS)
     if program == 0:
         m, total, acc = _sinks_and_recent(
             q, k_sinks, k_recent, v_sinks, v_recent, mask,
@@ -341,22 +260,22 @@ def attend(
             mask_stride_h, mask_stride_q, mask_stride_k, *zero,
             KD, KDP, VD, VDP, Q_LENGTH, MASK, CAUSAL, SOFTCAP, W, BN,
         )  # fmt: skip
-        _finish(m, total, acc, tl.arange(0, VDP), out, lse, columns, valid, VDP, NR)
+        finish(
+            m, total, acc, tl.zeros([W, ROWS], tl.float32), tl.full([VDP], 1.0, tl.float32), 1.0, tl.arange(0, VDP),
+            out, lse, tl.arange(0, ROWS), valid, VDP, NR,
+        )  # fmt: skip
     elif program < others:
         if NEAR is not None:
             tiles = tl.cdiv(tl.cdiv(near_length, W * BN), near_shares) * (W * BN)
             first = (program - 1) * tiles
-            m, total, acc = _packed(
+            _packed(
                 q, k_rotation, mean, near, near_strides, mask,
                 pair, batch, kv_head, row, valid, head, token, first, tl.minimum(first + tiles, near_length),
                 near_length, sinks + far_length, kv_length, factor, softcap,
-                mask_stride_h, mask_stride_q, mask_stride_k, *zero,
-                KD, KDP, VD, VDP, Q_LENGTH, NEAR, MEAN, MASK, CAUSAL, SOFTCAP, W, BN, 1, FAST,
+                mask_stride_h, mask_stride_q, mask_stride_k, *zero, out + program * (VDP * NR), lse + program * NR,
+                KD, KDP, VD, VDP, NR, Q_LENGTH, NEAR, ORDER, MEAN, MASK, CAUSAL, SOFTCAP, W, BN, 1, FAST,
                 K_TERMS, Q_TERMS, COLUMNS, SKIP,
             )  # fmt: skip
-            channels = value_channels(tl.arange(0, VDP), VD, VDP, NEAR_BITS)
-            place = tl.where(channels < VD, value_place(channels, VDP, ORDER), -1)
-            _finish(m, total, acc, place, out + program * (VDP * NR), lse + program * NR, columns, valid, VDP, NR)
     if FAR is not None:
         if program >= apart:
             share = program - apart
@@ -365,16 +284,14 @@ def attend(
             tiles = tl.where(share < others - apart, fewer, most) * (W * BN)
             first = tl.minimum(share, others - apart) * fewer + tl.maximum(share - others + apart, 0) * most
             first *= W * BN
-            m, total, acc = _packed(
+            _packed(
                 q, k_rotation, mean, far, far_strides, mask,
                 pair, batch, kv_head, row, valid, head, token, first, tl.minimum(first + tiles, far_length),
-                far_length, sinks, kv_length, factor, softcap,
-                mask_stride_h, mask_stride_q, mask_stride_k, *zero,
-                KD, KDP, VD, VDP, Q_LENGTH, FAR, MEAN, MASK, CAUSAL, SOFTCAP, W, BN, STAGES, FAST,
+                far_length, sinks, kv_length, factor, softcap, mask_stride_h, mask_stride_q, mask_stride_k, *zero,
+                out + (others + share) * (VDP * NR), lse + (others + share) * NR,
+                KD, KDP, VD, VDP, NR, Q_LENGTH, FAR, ORDER, MEAN, MASK, CAUSAL, SOFTCAP, W, BN, STAGES, FAST,
                 K_TERMS, Q_TERMS, COLUMNS, SKIP,
             )  # fmt: skip
-            share += others
-            _finish(m, total, acc, tl.arange(0, VDP), out + share * (VDP * NR), lse + share * NR, columns, valid, VDP, NR)
     if SKIP & 2:
         return
     tl.debug_barrier()

@@ -7,10 +7,8 @@ Hadamard rotation), else two.
 import triton
 import triton.language as tl
 
+from turboquant_local.kernels.triton.softmax import INFINITY, LOG2E
 from turboquant_local.kernels.triton.tiles import value_channels
-
-LOG2E = tl.constexpr(1.4426950408889634)
-INFINITY = tl.constexpr(float("inf"))
 
 QUERY_LIFT = tl.constexpr(64.0)
 """Rotated queries of norm 1 are held as so many times themselves: well inside float16 on both sides."""
@@ -102,40 +100,35 @@ def merge(
         SHARES: Shares read at once.
         COLUMNS: Coordinates of the result made at once; all with 16 bits.
     """
-    entry = tl.arange(0, DP * NR)  # a thread has its entries of all shares, so that none waits for another
+    r = tl.arange(0, NR)
+    channels = value_channels(tl.arange(0, DP), D, DP, BITS)
+    entry = tl.arange(0, DP * NR)
     there = (value_channels(entry // NR, D, DP, BITS) < D) & (entry % NR < present)
-    i = tl.arange(0, SHARES)[:, None]
-    top = tl.full([DP * NR], -INFINITY, tl.float32)
-    mass = tl.full([DP * NR], 0.0, tl.float32)
+    i = tl.arange(0, SHARES)
+    top = tl.full([NR], -INFINITY, tl.float32)
+    mass = tl.full([NR], 0.0, tl.float32)
     if SINK:
-        head = (first_head + tl.minimum(entry % NR, present - 1)) // Q_LENGTH
-        top = tl.load(sink_logits + head).to(tl.float32) * LOG2E
+        top = tl.load(sink_logits + (first_head + tl.minimum(r, present - 1)) // Q_LENGTH).to(tl.float32) * LOG2E
         mass += 1.0
     coded = tl.zeros([DP * NR], tl.float32)
     for start in range(0, shares, SHARES):
         share = start + i
-        part = tl.load(
-            lse + share * NR + (entry % NR)[None, :], mask=(share < shares) & there[None, :], other=-INFINITY,
-            cache_modifier=".cg",
-        )  # fmt: skip
-        x = tl.load(
-            out + share * (DP * NR) + entry[None, :], mask=(share > 0) & (share < shares) & there[None, :], other=0.0,
-            cache_modifier=".cg",
-        )  # fmt: skip
+        known = ((share > 0) & (share < shares))[:, None] & there[None, :]
+        x = tl.load(out + share[:, None] * (DP * NR) + entry[None, :], mask=known, other=0.0, cache_modifier=".cg")
+        have = (share < shares)[:, None] & (r < present)[None, :]
+        part = tl.load(lse + share[:, None] * NR + r[None, :], mask=have, other=-INFINITY, cache_modifier=".cg")
         new = tl.maximum(top, tl.max(part, 0))
         base = tl.where(new == -INFINITY, 0.0, new)
         decay = tl.exp2(top - base)
         weight = tl.exp2(part - base[None, :])
         mass = mass * decay + tl.sum(weight, 0)
-        coded = coded * decay + tl.sum(weight * x, 0)
+        every = tl.reshape(tl.broadcast_to(weight[:, None, :], [SHARES, DP, NR]), [SHARES, DP * NR])
+        coded = coded * tl.reshape(tl.broadcast_to(decay[None, :], [DP, NR]), [DP * NR]) + tl.sum(every * x, 0)
         top = new
     inverse = 1 / tl.where(mass > 0, mass, 1.0)
-    plain = tl.load(lse + entry % NR, mask=there, other=-INFINITY, cache_modifier=".cg")
-    plain = tl.exp2(plain - tl.where(top == -INFINITY, 0.0, top)) * inverse
-    r = tl.arange(0, NR)
-    plain = tl.max(tl.reshape(plain, [DP, NR]), 0)[None, :]  # the same for every channel
-    coded = tl.reshape(coded * inverse, [DP, NR])
-    channels = value_channels(tl.arange(0, DP), D, DP, BITS)
+    plain = tl.load(lse + r, mask=r < present, other=-INFINITY, cache_modifier=".cg")
+    plain = (tl.exp2(plain - tl.where(top == -INFINITY, 0.0, top)) * inverse)[None, :]
+    coded = tl.reshape(coded * tl.reshape(tl.broadcast_to(inverse[None, :], [DP, NR]), [DP * NR]), [DP, NR])
     for start in tl.static_range(0, DP, COLUMNS):
         c = start + tl.arange(0, COLUMNS)
         inside = (c < D)[:, None] & (r < present)[None, :]
