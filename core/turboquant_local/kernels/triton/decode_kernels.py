@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from turboquant_local.kernels.triton.codes import UNIT, centre, lowered
-from turboquant_local.kernels.triton.queries import QUERY_LIFT, along_mean, merge, rotated
+from turboquant_local.kernels.triton.queries import QUERY_LIFT, merge, rotated
 from turboquant_local.kernels.triton.softmax import INFINITY, finish, softmax_step, visible
 from turboquant_local.kernels.triton.tiles import (
     _load,
@@ -137,6 +137,11 @@ def _packed(
         line = tl.arange(0, 32 * W) * 128
         tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [k_codes + tl.minimum(first.to(tl.int64) * (KD * K_BITS // 8) + line, tl.maximum(packed - 1, 0) * (KD * K_BITS // 8))], tl.int32, is_pure=False, pack=1)
         tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [v_codes + tl.minimum(first.to(tl.int64) * (VD * V_BITS // 8) + line, tl.maximum(packed - 1, 0) * (VD * V_BITS // 8))], tl.int32, is_pure=False, pack=1)
+    # all that is to be read, before anything waits
+    k_unit = tl.log2(tl.load(k_units + pair)) if K_SCALES == "byte" or K_SCALES == "bytes" else 0.0
+    v_unit = tl.log2(tl.load(v_units + pair)) if V_SCALES == "byte" or V_SCALES == "bytes" else 0.0
+    k_step = _step(k_table, K_BITS) if K_GRID else 1.0
+    v_step = _step(v_table, V_BITS) / UNIT if V_GRID else 1.0
     dtype: tl.constexpr = tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16
     ROWS: tl.constexpr = row.shape[0]
     coefficient = tl.full([ROWS], 0.0, tl.float32)
@@ -151,21 +156,20 @@ def _packed(
             x = tl.load(q + row[None, :] * KD + channels[:, None]).to(tl.float32)
             norm = tl.sum(x, 0)
         else:
-            x, norm = rotated(q, k_rotation, row, valid, channels, KD, KDP, K_TERMS, Q_TERMS, COLUMNS)
+            x, norm, constant = rotated(
+                q, k_rotation, mean + pair * KD, row, valid, channels, KD, KDP, MEAN, K_TERMS, Q_TERMS, COLUMNS
+            )  # fmt: skip
+            constant *= factor
         coefficient = norm * (factor / QUERY_LIFT)
         x *= QUERY_LIFT
         if K_GRID:
             low = lowered(channels, K_BITS)[:, None]
-            coefficient *= _step(k_table, K_BITS)
+            coefficient *= k_step
             x = (x * low).to(dtype)
             if centre(K_BITS, True, dtype == tl.float32) > 0:  # of the rounded query
                 middle = tl.sum(x.to(tl.float32) / low, 0) * coefficient * centre(K_BITS, True, False)
             coefficient /= UNIT
         query = tl.broadcast_to(x.to(dtype)[None, :, :], [W, KDP, ROWS])
-    if MEAN:
-        constant = along_mean(q, mean + pair * KD, row, valid, KD, KDP) * factor
-    k_unit = tl.log2(tl.load(k_units + pair)) if K_SCALES == "byte" or K_SCALES == "bytes" else 0.0
-    v_unit = tl.log2(tl.load(v_units + pair)) if V_SCALES == "byte" or V_SCALES == "bytes" else 0.0
     whole = (end - first) // (W * BN) * (W * BN)
     for step in tl.range(0, whole, W * BN, num_stages=STAGES):
         m, total, acc, sums = _packed_tile(
@@ -186,8 +190,7 @@ def _packed(
     at = value_channels(tl.arange(0, VDP), VD, VDP, V_BITS)
     place = tl.where(at < VD, value_place(at, VDP, ORDER), -1)
     low = lowered(at, V_BITS) if V_GRID else tl.full([VDP], 1.0, tl.float32)
-    unit = _step(v_table, V_BITS) / UNIT if V_GRID else 1.0
-    finish(m, total, acc, tl.max(sums, 1) / 2, low, unit, place, out, lse, tl.arange(0, ROWS), valid, VDP, NR)
+    finish(m, total, acc, tl.max(sums, 1) / 2, low, v_step, place, out, lse, tl.arange(0, ROWS), valid, VDP, NR)
 
 
 @triton.jit

@@ -25,28 +25,36 @@ def _product(a, b, acc, TERMS: tl.constexpr):
 
 
 @triton.jit
+def _add_both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
 def rotated(
-    q, rotation, row, valid, channels,
-    D: tl.constexpr, DP: tl.constexpr, TERMS: tl.constexpr, Q_TERMS: tl.constexpr, COLUMNS: tl.constexpr,
+    q, rotation, mean, row, valid, channels, D: tl.constexpr, DP: tl.constexpr,
+    MEAN: tl.constexpr, TERMS: tl.constexpr, Q_TERMS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Queries in the space of the codes.
 
     Args:
         q: `[rows, D]`.
         rotation: `[TERMS, D, D]`.
+        mean: `[D]`, the mean that was taken off the keys, or anything without MEAN.
         row: Which queries, `[ROWS]`.
         valid: Which of them there are.
         channels: Which coordinates, `[DP]`; D for padding.
         D: Size of a head.
         DP: The next power of 2.
+        MEAN: Whether there is one.
         TERMS: Terms of the rotation.
         Q_TERMS: Terms in which a query is exact enough.
         COLUMNS: Coordinates of the query taken at once.
 
     Returns:
-        `[DP, ROWS]` float32, every query divided by its norm, and the norms.
+        `[DP, ROWS]` float32, every query divided by its norm, the norms, and the queries' products with the mean.
     """
     square = tl.zeros([row.shape[0]], tl.float32)
+    along = tl.zeros([row.shape[0]], tl.float32)
     x = tl.zeros([DP, row.shape[0]], tl.float32)
     for start in tl.static_range(0, DP, COLUMNS):
         k = start + tl.arange(0, COLUMNS)
@@ -54,22 +62,28 @@ def rotated(
         inside = (channels < D)[:, None] & (k < D)[None, :]
         first = tl.load(matrix, mask=inside, other=0.0)
         part = tl.load(q + row[None, :] * D + k[:, None], mask=valid[None, :] & (k < D)[:, None], other=0.0)
+        middle = tl.load(mean + k, mask=k < D, other=0.0) if MEAN else 0.0
         part = part.to(tl.float32)
         x = _product(first, part, x, Q_TERMS)
         if TERMS > 1:
             x = _product(tl.load(matrix + D * D, mask=inside, other=0.0), part, x, 1)
-        square += tl.sum(part * part, 0)
+        if MEAN:
+            more, further = tl.reduce((part * part, part * middle.to(tl.float32)[:, None]), 0, _add_both)  # waits once
+            along += further
+        else:
+            more = tl.sum(part * part, 0)
+        square += more
     norm = tl.maximum(tl.sqrt(square), 1e-30)
-    return x * (1 / norm)[None, :], norm
+    return x * (1 / norm)[None, :], norm, along
 
 
 @triton.jit
-def along_mean(q, mean, row, valid, D: tl.constexpr, DP: tl.constexpr):
-    """Products of queries with the mean that was taken off the keys, `[ROWS]`."""
-    d = tl.arange(0, DP)
-    x = tl.load(q + row[None, :] * D + d[:, None], mask=valid[None, :] & (d < D)[:, None], other=0.0)
-    centre = tl.load(mean + d, mask=d < D, other=0.0).to(tl.float32)
-    return tl.sum(x.to(tl.float32) * centre[:, None], 0)
+def _block(rotation, start, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, COLUMNS: tl.constexpr):
+    """COLUMNS columns of the rotation, from `start` on, as rows; its rows in the order of values' codes."""
+    c = start + tl.arange(0, COLUMNS)
+    channels = value_channels(tl.arange(0, DP), D, DP, BITS)
+    both = (c < D)[:, None] & (channels < D)[None, :]
+    return tl.load(rotation + channels[None, :] * D + c[:, None], mask=both, other=0.0)
 
 
 @triton.jit
@@ -101,7 +115,6 @@ def merge(
         COLUMNS: Coordinates of the result made at once; all with 16 bits.
     """
     r = tl.arange(0, NR)
-    channels = value_channels(tl.arange(0, DP), D, DP, BITS)
     entry = tl.arange(0, DP * NR)
     there = (value_channels(entry // NR, D, DP, BITS) < D) & (entry % NR < present)
     i = tl.arange(0, SHARES)
@@ -111,6 +124,7 @@ def merge(
         top = tl.load(sink_logits + (first_head + tl.minimum(r, present - 1)) // Q_LENGTH).to(tl.float32) * LOG2E
         mass += 1.0
     coded = tl.zeros([DP * NR], tl.float32)
+    plain = tl.load(lse + r, mask=r < present, other=-INFINITY, cache_modifier=".cg")
     for start in range(0, shares, SHARES):
         share = start + i
         known = ((share > 0) & (share < shares))[:, None] & there[None, :]
@@ -126,7 +140,6 @@ def merge(
         coded = coded * tl.reshape(tl.broadcast_to(decay[None, :], [DP, NR]), [DP * NR]) + tl.sum(every * x, 0)
         top = new
     inverse = 1 / tl.where(mass > 0, mass, 1.0)
-    plain = tl.load(lse + r, mask=r < present, other=-INFINITY, cache_modifier=".cg")
     plain = (tl.exp2(plain - tl.where(top == -INFINITY, 0.0, top)) * inverse)[None, :]
     coded = tl.reshape(coded * tl.reshape(tl.broadcast_to(inverse[None, :], [DP, NR]), [DP * NR]), [DP, NR])
     for start in tl.static_range(0, DP, COLUMNS):
@@ -136,9 +149,7 @@ def merge(
         if BITS == 16:
             x += coded
         else:
-            matrix = rotation + channels[None, :] * D + c[:, None]
-            both = (c < D)[:, None] & (channels < D)[None, :]
-            x = _product(tl.load(matrix, mask=both, other=0.0), coded, x, 2)
+            x = _product(_block(rotation, start, D, DP, BITS, COLUMNS), coded, x, 2)
             if TERMS > 1:
-                x = _product(tl.load(matrix + D * D, mask=both, other=0.0), coded, x, 1)
+                x = _product(_block(rotation + D * D, start, D, DP, BITS, COLUMNS), coded, x, 1)
         tl.store(result + (first_row + r)[None, :] * D + c[:, None], x.to(result.dtype.element_ty), mask=inside)
