@@ -1,8 +1,8 @@
 """Time attention of one token over a packed cache against 16-bit attention, on a CUDA device.
 
 Every call is captured in a CUDA graph over rotating buffers that are together larger than the L2 cache, so that all of
-a layer's keys and values come from device memory. Ours is the whole call: rotation of the query, attention over sinks,
-packed tokens and recent window, combination and rotation back. Rows go to benchmarks/results/decode_attention.csv.
+a layer's keys and values come from device memory. Ours is the whole call: rotation of the query, attention over what the
+preset holds (sinks, far and near packed tokens, recent window), combination and rotation back. Rows go to benchmarks/results/decode_attention.csv.
 
 Run: python benchmarks/decode_attention.py [--out PATH] [--quick]
 """
@@ -10,69 +10,81 @@ Run: python benchmarks/decode_attention.py [--out PATH] [--quick]
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from gpu import buffers, graph_times, machine, spread, write_rows
+from gpu import buffers, copy_bandwidth, graph_times, machine, spread, write_rows
 from split_kv import split_kv_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from turboquant_local.codec.quantizer import MSEQuantizer
+from turboquant_local.cache.layer import make_codec
+from turboquant_local.codec.quantizer import Quantizer
+from turboquant_local.config import TurboQuantConfig
 from turboquant_local.kernels import api
-from turboquant_local.kernels.layout import KVView, PackedKV, store_scales, vector_bytes
+from turboquant_local.kernels.layout import KVView, PackedKV, store_scales
 
-Q_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # Llama-3.1-8B
-SINKS, NEAR, RECENT = 4, 256, 28  # what the default settings hold beside the far tokens
+MODELS = {"Llama-3.1-8B, Qwen3-4B": (32, 8), "Qwen2.5-7B": (28, 4)}
+"""Query heads and KV heads."""
+HEAD_DIM = 128
 POINTS = ((1, 2048), (1, 8192), (1, 32768), (1, 131072), (8, 32768))
-BITS = ((4, 4), (3, 3), (2, 2))
+PRESETS = ("balanced", "compact", "extreme")
+RECENT = 28
+"""Tokens in the window, which holds 25 to 32 of them by turns."""
 
 Call = Callable[[], torch.Tensor]
 
 
-def packed_part(batch: int, tokens: int, quantizer: MSEQuantizer, mean: torch.Tensor | None) -> PackedKV:
+def packed_part(batch: int, kv_heads: int, tokens: int, quantizer: Quantizer, mean: torch.Tensor | None) -> PackedKV:
     """Random codes: the time does not depend on them."""
-    size = (batch, KV_HEADS, tokens)
+    size = (batch, kv_heads, tokens)
     codes = torch.randint(0, 256, (*size, HEAD_DIM * quantizer.bits // 8), dtype=torch.uint8, device="cuda")
-    unit = torch.full((batch, KV_HEADS, 1), 8.0, device="cuda") if quantizer.scale_bits == 8 else None
+    unit = torch.full((batch, kv_heads, 1), 8.0, device="cuda") if quantizer.scale_bits == 8 else None
     return PackedKV(quantizer, codes, store_scales(torch.rand(size, device="cuda") + 8, unit), unit, mean)
 
 
-def packed_view(batch: int, context: int, bits: int, center: bool) -> KVView:
-    """One side of one layer; keys have a mean to add back, as in the default settings."""
-    mean = torch.randn(batch, KV_HEADS, 1, HEAD_DIM, device="cuda").bfloat16() if center else None
-    far = packed_part(batch, context - SINKS - NEAR - RECENT, MSEQuantizer(HEAD_DIM, bits, scale_bits=8), mean)
-    plain = torch.randn(batch, KV_HEADS, SINKS + RECENT, HEAD_DIM, device="cuda").bfloat16()
-    sinks, recent = plain.split([SINKS, RECENT], dim=2)
+def packed_view(batch: int, kv_heads: int, context: int, config: TurboQuantConfig, keys: bool) -> KVView:
+    """One side of one layer; keys have a mean to add back."""
+    codec = make_codec(config, HEAD_DIM, config.k_bits if keys else config.v_bits, keys)
+    mean = torch.randn(batch, kv_heads, 1, HEAD_DIM, device="cuda").bfloat16() if keys and config.center_keys else None
+    far = context - config.sink_length - config.near_length - RECENT
+    plain = torch.randn(batch, kv_heads, config.sink_length + RECENT, HEAD_DIM, device="cuda").bfloat16()
+    sinks, recent = plain.split([config.sink_length, RECENT], dim=2)
     return KVView(
-        sinks.contiguous(), far, packed_part(batch, NEAR, MSEQuantizer(HEAD_DIM, 6), mean), recent.contiguous()
+        sinks.contiguous(),
+        packed_part(batch, kv_heads, far, codec.far, mean),
+        packed_part(batch, kv_heads, config.near_length, codec.near, mean),
+        recent.contiguous(),
     )
 
 
-def stored_bytes(batch: int, context: int, bits: tuple[int, int]) -> int:
-    """Bytes that one call reads of keys and values."""
-    far = sum(vector_bytes(MSEQuantizer(HEAD_DIM, b, scale_bits=8), torch.bfloat16) for b in bits)
-    near = 2 * vector_bytes(MSEQuantizer(HEAD_DIM, 6), torch.bfloat16)
-    plain = 2 * (SINKS + RECENT) * HEAD_DIM * 2
-    return batch * KV_HEADS * ((context - SINKS - NEAR - RECENT) * far + NEAR * near + plain)
+def stored_bytes(view: KVView) -> int:
+    """Bytes of one side that one call reads."""
+    packed = sum(x.nbytes for part in view.packed for x in (part.codes, part.scales) if x is not None)
+    return view.sinks.nbytes + packed + view.recent.nbytes
 
 
-def packed_calls(batch: int, context: int, bits: tuple[int, int]) -> Iterator[Call]:
-    """One call a buffer."""
-    query = torch.randn(batch, Q_HEADS, 1, HEAD_DIM, device="cuda").bfloat16()
-    for _ in range(buffers(stored_bytes(batch, context, bits))):
-        keys, values = (packed_view(batch, context, b, center) for b, center in zip(bits, (True, False), strict=True))
-        yield partial(api.attention, query, keys, values, impl="triton")
+def packed_calls(batch: int, heads: tuple[int, int], context: int, preset: str) -> tuple[int, list[Call]]:
+    """Bytes a call, and one call a buffer."""
+    config = TurboQuantConfig(preset=preset)
+    query = torch.randn(batch, heads[0], 1, HEAD_DIM, device="cuda").bfloat16()
+    sides, size = [], 1
+    while len(sides) < buffers(size):
+        sides.append([packed_view(batch, heads[1], context, config, keys) for keys in (True, False)])
+        size = sum(map(stored_bytes, sides[0]))
+    return size, [partial(api.attention, query, keys, values, impl="triton") for keys, values in sides]
 
 
-def plain_calls(batch: int, context: int, attention: Callable[..., torch.Tensor]) -> Iterator[Call]:
+def plain_calls(
+    batch: int, heads: tuple[int, int], context: int, attention: Callable[..., torch.Tensor]
+) -> tuple[int, list[Call]]:
     """The same over bfloat16 keys and values."""
-    query = torch.randn(batch, Q_HEADS, 1, HEAD_DIM, device="cuda").bfloat16()
-    for _ in range(buffers(batch * context * KV_HEADS * HEAD_DIM * 4)):
-        k, v = torch.randn(2, batch, KV_HEADS, context, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-        yield partial(attention, query, k, v)
+    query = torch.randn(batch, heads[0], 1, HEAD_DIM, device="cuda").bfloat16()
+    size = batch * context * heads[1] * HEAD_DIM * 4
+    sides = torch.randn(buffers(size), 2, batch, heads[1], context, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    return size, [partial(attention, query, k, v) for k, v in sides]
 
 
 def sdpa(backend: SDPBackend, query: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -94,29 +106,30 @@ def main() -> None:
         "bf16 split-KV Triton": split_kv_attention,
     }
     rows = []
-    for batch, context in POINTS[: 1 if options.quick else None]:
-        medians: dict[str, float] = {}
-        plain_bytes = batch * KV_HEADS * context * HEAD_DIM * 4
-        measured: list[tuple[str, int, Iterator[Call]]] = [
-            (name, plain_bytes, plain_calls(batch, context, call)) for name, call in plain.items()
-        ]
-        measured += [
-            (f"ours K{bits[0]}V{bits[1]}", stored_bytes(batch, context, bits), packed_calls(batch, context, bits))
-            for bits in BITS
-        ]
-        for name, size, calls in measured:
-            low, median, high = spread(graph_times(list(calls)))
-            medians[name] = median
-            best = min(medians[other] for other in plain if other in medians)
-            row = {
-                **where, "batch": batch, "context": context, "kernel": name,
-                "us_p20": f"{low:.2f}", "us_median": f"{median:.2f}", "us_p80": f"{high:.2f}",
-                "tb_per_s": f"{size / median / 1e6:.3f}", "speedup_over_best_16_bit": f"{best / median:.3f}",
-            }  # fmt: skip
-            rows.append(row)
-            print(f"B={batch} {context:>7} {name:<22} {median:8.1f} us {row['tb_per_s']:>6} TB/s "
-                  f"{row['speedup_over_best_16_bit']:>6}x", flush=True)  # fmt: skip
-            torch.cuda.empty_cache()
+    copied = copy_bandwidth()
+    print(f"copy bandwidth {copied / 1e6:.2f} TB/s", flush=True)
+    for model, heads in MODELS.items():
+        for batch, context in POINTS[: 1 if options.quick else None]:
+            best = float("inf")
+            measured: dict[str, Callable[[], tuple[int, list[Call]]]] = {
+                name: partial(plain_calls, batch, heads, context, call) for name, call in plain.items()
+            }
+            measured |= {f"ours {name}": partial(packed_calls, batch, heads, context, name) for name in PRESETS}
+            for name, make in measured.items():
+                size, calls = make()
+                low, median, high = spread(graph_times(calls))
+                best = min(best, median) if name in plain else best
+                row = {
+                    **where, "model": model, "batch": batch, "context": context, "kernel": name,
+                    "us_p20": f"{low:.2f}", "us_median": f"{median:.2f}", "us_p80": f"{high:.2f}",
+                    "tb_per_s": f"{size / median / 1e6:.3f}", "share_of_copy_bandwidth": f"{size / median / copied:.3f}",
+                    "speedup_over_best_16_bit": f"{best / median:.3f}",
+                }  # fmt: skip
+                rows.append(row)
+                print(f"{model} B={batch} {context:>7} {name:<21} {median:8.1f} us {row['tb_per_s']:>6} TB/s "
+                      f"{row['speedup_over_best_16_bit']:>6}x", flush=True)  # fmt: skip
+                del calls, make
+                torch.cuda.empty_cache()
     write_rows(options.out, rows)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -61,6 +62,13 @@ def spread(times: Sequence[float]) -> tuple[float, float, float]:
 def buffers(size: float) -> int:
     """Copies of an input of `size` bytes that together exceed the L2 cache."""
     return max(2, min(24, int(BUFFER_BYTES / size) + 1))
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a microsecond by a kernel that copies 2 GiB (a graph's own copy is slower)."""
+    source = torch.empty(2**30, dtype=torch.bfloat16, device="cuda").normal_()
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / spread(graph_times([partial(torch.mul, source, 1, out=target)]))[1]
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
