@@ -67,14 +67,26 @@ def value_place(channel, DP: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _load_elements(at, token, element, left, REAL: tl.constexpr, C: tl.constexpr, FULL: tl.constexpr):
+def _load_plane(
+    plane, left, PITCH: tl.constexpr, REAL: tl.constexpr, C: tl.constexpr, MOST: tl.constexpr,
+    W: tl.constexpr, R: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Elements of one plane, `[4, 8, W, R, C]`; see `_load`.
+
+    A warp's tokens are one dimension with their elements, so a warp reads neighbouring bytes, and shared memory holds
+    them in the same order. PITCH is the distance of tokens, MOST how many elements a thread reads at once.
+    """
+    w = tl.arange(0, W)[:, None, None]
+    r = tl.arange(0, R)[None, :, None]
+    at = tl.arange(0, 32 * C)[None, None, :]
+    offset = at if PITCH == C else at // C * PITCH + tl.max_contiguous(at % C, [1, 1, MOST])
+    pointer = plane + offset + (r * W + w) * (32 * PITCH)
     if FULL and REAL == C:
-        x = tl.load(at + element)
-    elif FULL:
-        x = tl.load(at + element, mask=element < REAL, other=0)
+        x = tl.load(pointer)
     else:
-        x = tl.load(at + element, mask=(token < left) & (element < REAL), other=0)
-    return x
+        inside = (at % C < REAL) & (True if FULL else (r * W + w) * 32 + at // C < left)
+        x = tl.load(pointer, mask=inside, other=0)
+    return tl.permute(tl.reshape(x, [W, R, 8, 4, C]), [3, 2, 0, 1, 4])
 
 
 @triton.jit
@@ -84,30 +96,22 @@ def _load(
 ):  # fmt: skip
     """Packed elements of a tile's tokens `[4, 8, W, R, elements]`; of 3 bits the three planes, of 6 bits the two.
 
-    Entry (t, p, w, r) is token 32(rW + w) + 4p + t. Dimensions that come first vary first over the lanes that load:
-    this way a warp reads neighbouring tokens at once.
+    Entry (t, p, w, r) is token 32(rW + w) + 4p + t.
     """
     S: tl.constexpr = slots(BITS, DP)
     C: tl.constexpr = DP // S
     REAL: tl.constexpr = D // S
-    t = tl.arange(0, 4)[:, None, None, None, None]
-    p = tl.arange(0, 8)[None, :, None, None, None]
-    w = tl.arange(0, W)[None, None, :, None, None]
-    r = tl.arange(0, R)[None, None, None, :, None]
-    element = tl.arange(0, C)[None, None, None, None, :]
-    token = (r * W + w) * 32 + 4 * p + t
-    at = codes + (4 * p + t) * (D * BITS // 8) + (r * W + w) * (32 * D * BITS // 8)  # the second term is known
-    first = at
-    if BITS * S % 16 == 0 or BITS == 6:
-        first = at.to(tl.pointer_type(tl.uint16), bitcast=True)
-    x = _load_elements(first, token, element, left, REAL, C, FULL)
+    WIDE: tl.constexpr = BITS * S % 16 == 0 or BITS == 6
+    PITCH: tl.constexpr = D * BITS // (16 if WIDE else 8)
+    first = codes.to(tl.pointer_type(tl.uint16), bitcast=True) if WIDE else codes
+    x = _load_plane(first, left, PITCH, REAL, C, C, W, R, FULL)
     y = x
     z = x
     if BITS == 6:  # 8 bytes a thread as of the first plane: with 16, the compiler would read 32 of that at a time
-        y = _load_elements(at + D // 2, token, tl.max_contiguous(element, [1, 1, 1, 1, 8]), left, REAL, C, FULL)
+        y = _load_plane(codes + D // 2, left, D * BITS // 8, REAL, C, 8, W, R, FULL)
     if BITS == 3:
-        y = _load_elements(first + REAL, token, element, left, REAL, C, FULL)
-        z = _load_elements(first + 2 * REAL, token, element, left, REAL, C, FULL)
+        y = _load_plane(first + REAL, left, PITCH, REAL, C, C, W, R, FULL)
+        z = _load_plane(first + 2 * REAL, left, PITCH, REAL, C, C, W, R, FULL)
     return x, y, z
 
 
