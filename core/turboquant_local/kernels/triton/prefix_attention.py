@@ -86,10 +86,10 @@ def attention(
     attend[(blocks, pairs, shares)](
         query, k_rotation, v_rotation, query if k_part.mean is None else k_part.mean.contiguous(),
         tuple(x.contiguous() for x in (keys.sinks, keys.recent, values.sinks, values.recent)),
-        far or near, far_strides or near_strides, near or far, near_strides or far_strides, mask, mask_strides,
-        query if sink_logits is None else sink_logits, rotated, out, lse,
-        (keys.sinks.shape[2], *(part.length if part else 0 for part in (keys.far, keys.near)), keys.recent.shape[2]),
-        q_length, scaling if softcap is not None else scaling * 1.4426950408889634, softcap or 0.0,
+        far or near, near or far, mask, query if sink_logits is None else sink_logits, rotated, out, lse,
+        scaling if softcap is not None else scaling * 1.4426950408889634, softcap or 0.0,
+        q_length, keys.sinks.shape[2], *(part.length if part else 0 for part in (keys.far, keys.near)),
+        keys.recent.shape[2], *far_strides, *near_strides, *mask_strides,
         KV_HEADS=kv_heads, GROUP=group, KD=k_dim, KDP=k_padded, VD=v_dim, VDP=v_padded,
         FAR=far_kind, NEAR=near_kind,
         K_ORDER=slots(k_part.quantizer.bits, k_padded), V_ORDER=slots(v_part.quantizer.bits, v_padded),
@@ -130,33 +130,42 @@ Kind = tuple[int, bool, int, bool]
 def _operands(
     k: PackedKV | None, v: PackedKV | None
 ) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...], Kind | None]:
-    """Codes, scales, their units and table of both sides, strides, and how they are read."""
-    if k is None or v is None:
-        return (), (), None
-    tensors: tuple[torch.Tensor, ...] = ()
-    strides: tuple[int, ...] = ()
-    kind: list[int] = []
-    for part in (k, v):
-        codes, scales, unit, table = _side(part)
-        tensors += (codes, scales, unit, table)
-        strides += (*(stride // codes.shape[3] for stride in codes.stride()[:2]), *scales.stride()[:2])
-        grid = isinstance(part.quantizer, MSEQuantizer) and part.quantizer.codebook == "grid"
-        kind += [part.quantizer.bits, grid]
-    return tensors, strides, (kind[0], bool(kind[1]), kind[2], bool(kind[3]))
+    """Codes, scales, their units and table of keys and of values, their strides, and how they are read.
 
-
-def _side(packed: PackedKV) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes, scales, their units, table; codes stand in for what there is not.
-
-    Decoded values are held relative to the unit, so scales of 16 bits get one too: their largest.
+    Decoded values are held relative to the unit, so scales of 16 bits get one too: their largest. Codes stand in for
+    what there is not.
     """
-    codes = packed.codes
-    size = codes.shape[3]
-    if codes.stride(3) != 1 or codes.stride(2) != size or codes.stride(0) % size or codes.stride(1) % size:
-        codes = codes.contiguous()
-    if packed.scales is None:
-        return codes, codes, codes, codes
-    scales = packed.scales if packed.scales.stride(2) == 1 else packed.scales.contiguous()
-    unit = packed.scale_unit
-    unit = scales.amax(2).float().clamp_min(1e-20) if unit is None else unit.contiguous()
-    return codes, scales, unit, packed.quantizer.constants(codes.device)[1]
+    if k is None or v is None:
+        return (), (0, 0, 0, 0), None
+    codes, codes_strides = _alike(k.codes, v.codes)
+    scales, scales_strides = _alike(*(part.scales for part in (k, v) if part.scales is not None))
+    rest = iter(scales)
+    tensors: tuple[torch.Tensor, ...] = ()
+    for part, own in zip((k, v), codes, strict=True):
+        if part.scales is None:
+            tensors += (own, own, own, own)
+            continue
+        scale, unit = next(rest), part.scale_unit
+        unit = scale.amax(2).float().clamp_min(1e-20) if unit is None else unit.contiguous()
+        tensors += (own, scale, unit, part.quantizer.constants(own.device)[1])
+    k_grid, v_grid = (isinstance(x, MSEQuantizer) and x.codebook == "grid" for x in (k.quantizer, v.quantizer))
+    return tensors, (*codes_strides, *scales_strides), (k.quantizer.bits, k_grid, v.quantizer.bits, v_grid)
+
+
+def _alike(*tensors: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[int, int]]:
+    """Tensors `[batch, heads, tokens, ...]`, copied unless they lie alike with their tokens in one piece.
+
+    Returns:
+        The tensors, and how many tokens lie between sequences and between heads.
+    """
+    sizes = [x.shape[3] if x.dim() == 4 else 1 for x in tensors]
+    strides = {
+        (*(divmod(stride, size) for stride in x.stride()[:2]), x.stride()[2:] == (size, 1)[: x.dim() - 2])
+        for x, size in zip(tensors, sizes, strict=True)
+    }
+    if len(strides) == 1:
+        ((batch, batch_rest), (head, head_rest), whole) = strides.pop()
+        if whole and not batch_rest and not head_rest:
+            return tensors, (batch, head)
+    heads, tokens = tensors[0].shape[1:3] if tensors else (0, 0)
+    return tuple(x.contiguous() for x in tensors), (heads * tokens, tokens)

@@ -89,15 +89,15 @@ def _loop(
             v_codes, v_scale, v_unit, v_table, first, length,
             VD, VDP, KIND[2], KIND[3], V_ORDER, BN, WARPS, coded, FAST, FULL,
         )  # fmt: skip
-        # For the next tile: the compiler runs ahead only with loads of 4 bytes and more.
-        k_scale = load_scales(k_scales, first + BN, length, KIND[0], BN)
-        v_scale = load_scales(v_scales, first + BN, length, KIND[2], BN)
         s = tl.dot(query, tl.trans(k), input_precision="ieee")
         token = first + tl.arange(0, BN)
         s = _visible(
             s, coefficient, constant, position + token, token < length, masking, MASK, CAUSAL, SOFTCAP, FULL
         )
         p, m, total, acc = _softmax(s, coefficient, m, total, acc, SOFTCAP or MASK == "float")
+        # For the next tile: the compiler runs ahead only with loads of 4 bytes and more.
+        k_scale = load_scales(k_scales, first + BN, length, KIND[0], BN)
+        v_scale = load_scales(v_scales, first + BN, length, KIND[2], BN)
         acc = tl.dot(p.to(v.dtype), v, acc=acc, input_precision="ieee")
     return m, total, acc
 
@@ -143,23 +143,32 @@ def _attend(
 
 
 @triton.jit
-def _at_head(part, strides, batch, kv_head, pair, KD: tl.constexpr, VD: tl.constexpr, KIND: tl.constexpr):
+def _at_head(part, codes_b, codes_h, scales_b, scales_h, batch, kv_head, pair, KD: tl.constexpr, VD: tl.constexpr, KIND: tl.constexpr):
     """A part for one head: codes, scales, unit and table of keys, and the same of values."""
     k_codes, k_scales, k_units, k_table, v_codes, v_scales, v_units, v_table = part
-    k_b, k_h, ks_b, ks_h, v_b, v_h, vs_b, vs_h = strides
     k_unit = tl.load(k_units + pair) if KIND[0] < 16 else 1.0
     v_unit = tl.load(v_units + pair) if KIND[2] < 16 else 1.0
-    k_codes += (batch * k_b + kv_head * k_h) * vector_size(KD, KIND[0])
-    v_codes += (batch * v_b + kv_head * v_h) * vector_size(VD, KIND[2])
-    k_scales += batch * ks_b + kv_head * ks_h
-    v_scales += batch * vs_b + kv_head * vs_h
-    return k_codes, k_scales, k_unit, k_table, v_codes, v_scales, v_unit, v_table
+    vector = batch * codes_b + kv_head * codes_h
+    scale = batch * scales_b + kv_head * scales_h
+    k_codes += vector * vector_size(KD, KIND[0])
+    v_codes += vector * vector_size(VD, KIND[2])
+    return k_codes, k_scales + scale, k_unit, k_table, v_codes, v_scales + scale, v_unit, v_table
 
 
-@triton.jit(do_not_specialize=["sizes", "far_strides", "near_strides", "mask_strides", "q_length"])
+_SIZES = [
+    "q_length", "sinks", "far_length", "near_length", "recent",
+    "far_codes_b", "far_codes_h", "far_scales_b", "far_scales_h",
+    "near_codes_b", "near_codes_h", "near_scales_b", "near_scales_h", "mask_b", "mask_h", "mask_q", "mask_k",
+]  # fmt: skip
+"""Arguments whose value compiles nothing anew; in tuples they would."""
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def attend(
-    q, k_rotation, v_rotation, mean, plain, far, far_strides, near, near_strides, mask, mask_strides, sink_logits,
-    rotated, out, lse, sizes, q_length, factor, softcap,
+    q, k_rotation, v_rotation, mean, plain, far, near, mask, sink_logits, rotated, out, lse, factor, softcap,
+    q_length, sinks, far_length, near_length, recent,
+    far_codes_b, far_codes_h, far_scales_b, far_scales_h, near_codes_b, near_codes_h, near_scales_b, near_scales_h,
+    mask_b, mask_h, mask_q, mask_k,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, KD: tl.constexpr, KDP: tl.constexpr, VD: tl.constexpr,
     VDP: tl.constexpr, FAR: tl.constexpr, NEAR: tl.constexpr, K_ORDER: tl.constexpr, V_ORDER: tl.constexpr,
     MEAN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, SINK: tl.constexpr,
@@ -172,15 +181,14 @@ def attend(
     Arguments as in `prefix_attention.attention`. `plain` are keys and values of sinks and window; a part is codes,
     scales, units and table of keys and the same of values, with strides of codes (in vectors) and scales over batch
     and heads; FAR and NEAR are bits, and whether the codebook is a grid, of keys and of values, or None if there is no
-    such part; K_ORDER and V_ORDER name the order of the channels (`coded_channel`). `sizes` are the tokens of sinks,
-    far, near and recent. `rotated` is room for the queries, `[batch, q_heads, q_length, KDP]`; `out` is `[SHARES,
-    batch, q_heads, q_length, VD]`; `lse`, written where there are several shares, the same without VD.
+    such part; K_ORDER and V_ORDER name the order of the channels (`coded_channel`). `rotated` is room for the queries,
+    `[batch, q_heads, q_length, KDP]`; `out` is `[SHARES, batch, q_heads, q_length, VD]`; `lse`, written where there
+    are several shares, the same without VD.
     """
     pair = tl.program_id(1).to(tl.int64)
     batch = pair // KV_HEADS
     kv_head = pair % KV_HEADS
     number = tl.program_id(2)
-    sinks, far_length, near_length, recent = sizes
     kv_length = sinks + far_length + near_length + recent
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM  # those that see most begin first
     row = first_row + tl.arange(0, BM)
@@ -189,7 +197,6 @@ def attend(
     token = row // GROUP
     head = kv_head * GROUP + row % GROUP
     place = (batch * (KV_HEADS * GROUP) + head) * q_length + token
-    mask_b, mask_h, mask_q, mask_k = mask_strides
     mask_rows = mask + (batch * mask_b + head * mask_h + token * mask_q.to(tl.int64))
     masking = (mask_rows, mask_k, kv_length - q_length + token, softcap)
     recent_seen = recent
@@ -228,7 +235,7 @@ def attend(
     before = 0
     v_unit = 1.0
     if FAR is not None:
-        part = _at_head(far, far_strides, batch, kv_head, pair, KD, VD, FAR)
+        part = _at_head(far, far_codes_b, far_codes_h, far_scales_b, far_scales_h, batch, kv_head, pair, KD, VD, FAR)
         v_unit = tile_unit(part[7], part[6], FAR[2], FAR[3])
         m, total, acc = _attend(
             query, norm * (factor * tile_unit(part[3], part[2], FAR[0], FAR[1])), constant, part,
@@ -237,7 +244,7 @@ def attend(
         )  # fmt: skip
         before += tl.cdiv(far_length, BN)
     if NEAR is not None:
-        part = _at_head(near, near_strides, batch, kv_head, pair, KD, VD, NEAR)
+        part = _at_head(near, near_codes_b, near_codes_h, near_scales_b, near_scales_h, batch, kv_head, pair, KD, VD, NEAR)
         near_unit = tile_unit(part[7], part[6], NEAR[2], NEAR[3])
         m, total, acc = _attend(
             query, norm * (factor * tile_unit(part[3], part[2], NEAR[0], NEAR[1])), constant, part,
