@@ -1,9 +1,9 @@
 """Time attention of many new tokens over a packed prefix against 16-bit attention, on a CUDA device.
 
-The new tokens attend to the packed prefix (4 bits, what the preset "balanced" holds) and, causally, to each other. Ours is the whole call: rotation of the
-queries, attention over sinks, packed tokens and recent window, and rotation back; `impl="reference"` is the path in
-torch, tile by tile. torch's kernels read the same tokens uncompressed; cuDNN's without a mask, since it aligns a causal
-one with the first key. Rows go to benchmarks/results/prefix_attention.csv.
+The new tokens attend to the packed prefix (4 bits: what the preset "balanced" holds) and, causally, to each other. Ours
+is the whole call: rotation of the queries, attention over sinks, packed tokens and recent window, and rotation back;
+`impl="reference"` is the path in torch, tile by tile. torch's kernels read the same tokens uncompressed, cuDNN's
+without a mask, since it aligns a causal one with the first key. Rows go to benchmarks/results/prefix_attention.csv.
 
 Run: python benchmarks/prefix_attention.py [--out PATH] [--quick]
 """

@@ -1,4 +1,4 @@
-"""What only prefix attention in Triton has: blocks and shares, decoded tiles in float16; in the interpreter without a GPU."""
+"""What only prefix attention in Triton has: blocks, shares, decoded tiles; in the interpreter without a GPU."""
 
 import importlib.util
 from dataclasses import replace
@@ -16,7 +16,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 pytestmark = pytest.mark.usefixtures("_poisoned")
 
-from turboquant_local.kernels.triton import prefix_attention  # noqa: E402  after the skip
+from turboquant_local.kernels.triton import prefix_attention, prefix_kernel  # noqa: E402  after the skip
 from turboquant_local.kernels.triton.prefix_attention import Launch  # noqa: E402
 
 SETTINGS = {"mask": None, "causal": True, "scaling": 64**-0.5, "softcap": None}
@@ -103,3 +103,16 @@ def test_refusals_name_the_reason_and_auto_falls_back(case: Any) -> None:
     assert api.choose(query, keys, values) == "reference"
     with pytest.raises(BackendError, match="nothing is packed"):
         api.attention(query, *case.views(20, 2, 64, 64), impl="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; CI has none")
+def test_the_length_compiles_nothing_anew(case: Any) -> None:
+    def variants(*lengths: tuple[int, int]) -> int:
+        for tokens, new in lengths:
+            views = case.views(tokens, 2, 64, 64, dtype=torch.bfloat16)
+            query = case.queries(4, new, 64, torch.bfloat16)
+            prefix_attention.attention(query, *views, **SETTINGS, sink_logits=None, launch=Launch(shares=1))
+        return sum(len(cache[0]) for cache in prefix_kernel.attend.device_caches.values())
+
+    assert variants((150, 9), (182, 9)) == variants((151, 16), (214, 17), (500, 32), (1024, 33), (3003, 48))

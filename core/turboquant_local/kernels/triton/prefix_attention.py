@@ -1,4 +1,4 @@
-"""Attention of many query tokens over sinks, packed tokens and recent window, without decompressing anything in memory."""
+"""Attention of many query tokens over sinks, packed tokens and recent window; nothing is decompressed in memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from turboquant_local.kernels.triton.codes import slots
 from turboquant_local.kernels.triton.decode_attention import mask_operand, rotation_terms
 from turboquant_local.kernels.triton.devices import multiprocessors
 from turboquant_local.kernels.triton.prefix_kernel import attend
-
 
 _WAVES = 2
 _LEAST_TILES = 4
@@ -96,7 +95,8 @@ def attention(
         MEAN=k_part.mean is not None, MASK=mask_kind, CAUSAL=causal, SOFTCAP=softcap is not None,
         SINK=sink_logits is not None, K_TERMS=k_terms, V_TERMS=v_terms,
         Q_TERMS=1 if query.dtype == torch.bfloat16 else 2, SHARES=shares,
-        BM=launch.rows, BN=launch.tokens, COLUMNS=min(64, k_padded), STAGES=launch.stages, FAST=fast, WARPS=launch.warps, KEEP=launch.keep,
+        BM=launch.rows, BN=launch.tokens, COLUMNS=min(64, k_padded),
+        STAGES=launch.stages, FAST=fast, WARPS=launch.warps, KEEP=launch.keep,
         num_warps=launch.warps, **({"maxnreg": launch.registers} if launch.registers else {}),
     )  # fmt: skip
     return result if shares == 1 else _merged(out, lse, query.dtype)
@@ -121,15 +121,13 @@ def _merged(out: torch.Tensor, lse: torch.Tensor, dtype: torch.dtype) -> torch.T
     """The shares' results by the logarithms (base 2) of their sums."""
     weights = torch.exp2(lse - lse.amax(0).clamp_min(-1e30))
     weights /= weights.sum(0).clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.linalg.vecdot(out.movedim(0, -1), weights.movedim(0, -1).unsqueeze(-2)).to(dtype)
+    return (weights.unsqueeze(-1) * out).sum(0).to(dtype)
 
 
 Kind = tuple[int, bool, int, bool]
 
 
-def _operands(
-    k: PackedKV | None, v: PackedKV | None
-) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...], Kind | None]:
+def _operands(k: PackedKV | None, v: PackedKV | None) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...], Kind | None]:
     """Codes, scales, their units and table of keys and of values, their strides, and how they are read.
 
     Decoded values are held relative to the unit, so scales of 16 bits get one too: their largest. Codes stand in for
@@ -153,19 +151,19 @@ def _operands(
 
 
 def _alike(*tensors: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[int, int]]:
-    """Tensors `[batch, heads, tokens, ...]`, copied unless they lie alike with their tokens in one piece.
+    """Tensors `[batch, heads, tokens, ...]`, copied unless they lie alike and a head's tokens in one piece.
 
     Returns:
         The tensors, and how many tokens lie between sequences and between heads.
     """
-    sizes = [x.shape[3] if x.dim() == 4 else 1 for x in tensors]
-    strides = {
-        (*(divmod(stride, size) for stride in x.stride()[:2]), x.stride()[2:] == (size, 1)[: x.dim() - 2])
-        for x, size in zip(tensors, sizes, strict=True)
-    }
+    strides: set[tuple[float, float]] = set()
+    for x in tensors:
+        size = x.shape[3] if x.dim() == 4 else 1
+        whole = x.stride()[2:] == (size, 1)[: x.dim() - 2]
+        strides.add((x.stride(0) / size, x.stride(1) / size) if whole else (-0.5, -0.5))
     if len(strides) == 1:
-        ((batch, batch_rest), (head, head_rest), whole) = strides.pop()
-        if whole and not batch_rest and not head_rest:
-            return tensors, (batch, head)
+        batch, head = strides.pop()
+        if batch.is_integer() and head.is_integer():
+            return tensors, (int(batch), int(head))
     heads, tokens = tensors[0].shape[1:3] if tensors else (0, 0)
     return tuple(x.contiguous() for x in tensors), (heads * tokens, tokens)

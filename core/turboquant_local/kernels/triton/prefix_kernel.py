@@ -91,9 +91,7 @@ def _loop(
         )  # fmt: skip
         s = tl.dot(query, tl.trans(k), input_precision="ieee")
         token = first + tl.arange(0, BN)
-        s = _visible(
-            s, coefficient, constant, position + token, token < length, masking, MASK, CAUSAL, SOFTCAP, FULL
-        )
+        s = _visible(s, coefficient, constant, position + token, token < length, masking, MASK, CAUSAL, SOFTCAP, FULL)
         p, m, total, acc = _softmax(s, coefficient, m, total, acc, SOFTCAP or MASK == "float")
         # For the next tile: the compiler runs ahead only with loads of 4 bytes and more.
         k_scale = load_scales(k_scales, first + BN, length, KIND[0], BN)
@@ -111,20 +109,12 @@ def _attend(
 ):  # fmt: skip
     """Attend to what a share has of a part.
 
-    Args:
-        query: `[BM, KDP]`, in the part's space.
-        coefficient: Scores in base 2 are so many times the products, `[BM]`.
-        constant: With SOFTCAP what is to be added then, in base e.
-        part: As in `_at_head`.
-        position: Of the part's first token in the whole sequence.
-        length: Tokens of the part.
-        before: Tiles of the parts before it.
-        share: First and last tile of the share, and how many tokens of the sequence all queries of the block see.
-        masking: Pointers to the queries' rows of the mask, its stride, the last token each sees, the cap.
-        m: Maxima so far, `[BM]`.
-        total: Sums of the weights so far.
-        acc: Sums of the values so far, `[BM, VDP]`.
-        LONG: Whether a loop without looking at every token pays.
+    `query` is `[BM, KDP]`, in the part's space; scores in base 2 are the products times `coefficient`, `[BM]`; with
+    SOFTCAP `constant` is to be added then, in base e. `part` is as in `_at_head`, `position` that of its first token in
+    the whole sequence, `length` its tokens, `before` the tiles of the parts before it. `share` is the first and the
+    last tile of the share, and how many tokens all queries of the block see; `masking` are pointers to the queries'
+    rows of the mask, its stride, the last token each query sees, and the cap. `m`, `total` and `acc` are the maxima,
+    the sums of the weights and of the values so far. LONG says that a loop without a look at every token pays.
     """
     begin, end, seen_by_all = share
     begin = tl.maximum(begin - before, 0)
@@ -143,15 +133,13 @@ def _attend(
 
 
 @triton.jit
-def _at_head(part, codes_b, codes_h, scales_b, scales_h, batch, kv_head, pair, KD: tl.constexpr, VD: tl.constexpr, KIND: tl.constexpr):
-    """A part for one head: codes, scales, unit and table of keys, and the same of values."""
+def _at_head(part, pair, vector, scale, KD: tl.constexpr, VD: tl.constexpr, KIND: tl.constexpr):
+    """A part from a head's first vector and scale on: codes, scales, unit and table of keys, and the same of values."""
     k_codes, k_scales, k_units, k_table, v_codes, v_scales, v_units, v_table = part
-    k_unit = tl.load(k_units + pair) if KIND[0] < 16 else 1.0
-    v_unit = tl.load(v_units + pair) if KIND[2] < 16 else 1.0
-    vector = batch * codes_b + kv_head * codes_h
-    scale = batch * scales_b + kv_head * scales_h
     k_codes += vector * vector_size(KD, KIND[0])
     v_codes += vector * vector_size(VD, KIND[2])
+    k_unit = tl.load(k_units + pair) if KIND[0] < 16 else 1.0
+    v_unit = tl.load(v_units + pair) if KIND[2] < 16 else 1.0
     return k_codes, k_scales + scale, k_unit, k_table, v_codes, v_scales + scale, v_unit, v_table
 
 
@@ -235,7 +223,8 @@ def attend(
     before = 0
     v_unit = 1.0
     if FAR is not None:
-        part = _at_head(far, far_codes_b, far_codes_h, far_scales_b, far_scales_h, batch, kv_head, pair, KD, VD, FAR)
+        codes = batch * far_codes_b + kv_head * far_codes_h
+        part = _at_head(far, pair, codes, batch * far_scales_b + kv_head * far_scales_h, KD, VD, FAR)
         v_unit = tile_unit(part[7], part[6], FAR[2], FAR[3])
         m, total, acc = _attend(
             query, norm * (factor * tile_unit(part[3], part[2], FAR[0], FAR[1])), constant, part,
@@ -244,7 +233,8 @@ def attend(
         )  # fmt: skip
         before += tl.cdiv(far_length, BN)
     if NEAR is not None:
-        part = _at_head(near, near_codes_b, near_codes_h, near_scales_b, near_scales_h, batch, kv_head, pair, KD, VD, NEAR)
+        codes = batch * near_codes_b + kv_head * near_codes_h
+        part = _at_head(near, pair, codes, batch * near_scales_b + kv_head * near_scales_h, KD, VD, NEAR)
         near_unit = tile_unit(part[7], part[6], NEAR[2], NEAR[3])
         m, total, acc = _attend(
             query, norm * (factor * tile_unit(part[3], part[2], NEAR[0], NEAR[1])), constant, part,

@@ -46,10 +46,11 @@ def rotated_queries(
         q_rows: Pointers to the queries, `[BM]`.
         valid: Which of them there are.
         rotation: `[TERMS, D, D]`, the rotation as a sum.
-        mean: What was taken off the keys, `[D]`, where MEAN says so.
+        mean: What was taken off the keys, `[D]`.
         D: Size of a query.
         DP: The next power of 2.
         ORDER: As in `load_tile`.
+        MEAN: Whether there is one.
         TERMS: Terms of the rotation.
         Q_TERMS: Terms in which a query is exact enough.
         COLUMNS: Coordinates of a query taken at once.
@@ -156,7 +157,7 @@ def load_tile(
         unit: What scales of 16 bits are relative to.
         table: Centroids where GRID is false.
         first: First token of the tile.
-        length: Tokens there are. Unless FULL says that the tile ends before, those behind have codes and scales of 0.
+        length: Tokens there are; those behind have codes and scales of 0.
         D: Size of a vector.
         DP: The next power of 2.
         BITS: Bits a coordinate.
@@ -166,6 +167,7 @@ def load_tile(
         WARPS: Warps of the program.
         DTYPE: Of the decoded tile.
         FAST: See `codes.levels`.
+        FULL: Whether the tile ends before `length`.
     """
     S: tl.constexpr = slots(BITS, DP)
     C: tl.constexpr = DP // S
