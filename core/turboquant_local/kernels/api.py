@@ -18,6 +18,7 @@ from turboquant_local.kernels import reference
 from turboquant_local.kernels.layout import KVView, PackedKV
 
 _NOTHING = HeadStatistics()
+_FEW_QUERIES = 8
 
 
 def choose(query: torch.Tensor, keys: KVView, values: KVView, impl: str = "auto") -> str:
@@ -43,11 +44,16 @@ def choose(query: torch.Tensor, keys: KVView, values: KVView, impl: str = "auto"
 
 
 def _refusal(query: torch.Tensor, keys: KVView, values: KVView) -> str | None:
-    decode = _triton("decode_attention")
-    if isinstance(decode, str):
-        return decode
-    reason: str | None = decode.refusal(query, keys, values)
+    module = _triton(_operation(query))
+    if isinstance(module, str):
+        return module
+    reason: str | None = module.refusal(query, keys, values)
     return reason
+
+
+def _operation(query: torch.Tensor) -> str:
+    """Which of the two attentions in Triton is made for so many query tokens."""
+    return "decode_attention" if query.shape[2] <= _FEW_QUERIES else "prefix_attention"
 
 
 @lru_cache(maxsize=8)
@@ -213,7 +219,7 @@ def attention(
         raise CacheError("keys.lengths, values.lengths: expected both or none; they say what both sides have in use")
     if any(part.mean is not None for part in values.packed):
         raise CacheError("values.packed: only keys can be centred; quantize the values without a mean")
-    module = reference if choose(query, keys, values, impl) == "reference" else _triton("decode_attention")
+    module = reference if choose(query, keys, values, impl) == "reference" else _triton(_operation(query))
     out: torch.Tensor = module.attention(
         query,
         keys,
