@@ -81,10 +81,11 @@ def main() -> None:
             most = peak(WAYS[way], model, context)
         except torch.cuda.OutOfMemoryError:
             outcome = "out of memory"
-        row = {**about, "way": way, "context": context, "peak_gib": f"{most / 2**30:.2f}", "budget_gib": budget}
-        rows.append({**row, "outcome": outcome})
+        gib = f"{most / 2**30:.2f}" if most else ""
+        row = {**about, "way": way, "context": context, "peak_gib": gib, "budget_gib": budget, "outcome": outcome}
+        rows.append(row)
         write_rows(arguments.out, rows)
-        print(f"{way:<14}{context:>8} tokens {most / 2**30:7.2f} GiB above the weights; {outcome} {budget}", flush=True)
+        print(f"{way:<14}{context:>8} tokens {gib:>7} GiB above the weights; {outcome} {budget}", flush=True)
         return most
 
     for way in arguments.ways:
