@@ -40,7 +40,7 @@ def feedback_codes(
         stop = min(start + _PANEL, targets.shape[-2])
         targets[..., start:stop, :] += passed_on[..., start:stop, :start] @ errors[..., :start, :]
         for i in range(start, stop):
-            target = targets[..., i, :].contiguous()
+            target = targets[..., i, :]
             error = target - nearest(target)[1]
             errors[..., i, :] = error
             targets[..., i + 1 : stop, :].addcmul_(passed_on[..., i + 1 : stop, i, None], error.unsqueeze(-2))
