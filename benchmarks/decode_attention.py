@@ -1,8 +1,9 @@
 """Time attention of one token over a packed cache against 16-bit attention, on a CUDA device.
 
 Every call is captured in a CUDA graph over rotating buffers that are together larger than the L2 cache, so that all of
-a layer's keys and values come from device memory. Ours is the whole call: rotation of the query, attention over what the
-preset holds (sinks, far and near packed tokens, recent window), combination and rotation back. Rows go to benchmarks/results/decode_attention.csv.
+a layer's keys and values come from device memory. Ours is the whole call: rotation of the query, attention over what
+the preset holds (sinks, far and near packed tokens, recent window), combination and rotation back. Rows go to
+benchmarks/results/decode_attention.csv.
 
 Run: python benchmarks/decode_attention.py [--out PATH] [--quick]
 """
@@ -122,7 +123,8 @@ def main() -> None:
                 row = {
                     **where, "model": model, "batch": batch, "context": context, "kernel": name,
                     "us_p20": f"{low:.2f}", "us_median": f"{median:.2f}", "us_p80": f"{high:.2f}",
-                    "tb_per_s": f"{size / median / 1e6:.3f}", "share_of_copy_bandwidth": f"{size / median / copied:.3f}",
+                    "tb_per_s": f"{size / median / 1e6:.3f}",
+                    "share_of_copy_bandwidth": f"{size / median / copied:.3f}",
                     "speedup_over_best_16_bit": f"{best / median:.3f}",
                 }  # fmt: skip
                 rows.append(row)

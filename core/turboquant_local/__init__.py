@@ -4,7 +4,16 @@ from turboquant_local import attention  # noqa: F401  registers "turboquant" wit
 from turboquant_local.cache import MemoryReport, TurboQuantCache, predict_bytes
 from turboquant_local.config import PRESETS, TurboQuantConfig
 from turboquant_local.engine import ChatEngine
+from turboquant_local.errors import TurboQuantError
 
 __version__ = "0.1.0"
 
-__all__ = ["PRESETS", "ChatEngine", "MemoryReport", "TurboQuantCache", "TurboQuantConfig", "predict_bytes"]
+__all__ = [
+    "PRESETS",
+    "ChatEngine",
+    "MemoryReport",
+    "TurboQuantCache",
+    "TurboQuantConfig",
+    "TurboQuantError",
+    "predict_bytes",
+]

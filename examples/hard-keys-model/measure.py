@@ -66,16 +66,17 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--chunk", type=int, default=32, help="tokens a step")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--move", type=int, default=0, metavar="PLACES")
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=list(CACHES))
     options = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(HERE, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(HERE, dtype=torch.bfloat16).eval().to(options.device)
     if options.move:
         move_biases(model, options.move)
     tokenizer = AutoTokenizer.from_pretrained(HERE)
     ids = tokenizer(options.text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
     each = options.length - 1
-    rows = torch.tensor([[0, *ids[i * each : (i + 1) * each]] for i in range(options.windows)])
+    rows = torch.tensor([[0, *ids[i * each : (i + 1) * each]] for i in range(options.windows)]).to(options.device)
 
     def perplexity(log_p: torch.Tensor) -> float:
         return float((-log_p.gather(-1, rows[:, 1:, None])).mean().exp())

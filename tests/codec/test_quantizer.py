@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from turboquant_local.codec import MSEQuantizer, lloyd_max
+from turboquant_local.errors import ConfigError
 
 MSE = {1: 0.361, 2: 0.116, 3: 0.0339, 4: 0.0093}
 
@@ -98,3 +99,9 @@ def test_codes_do_not_depend_on_batching(dtype: torch.dtype) -> None:
     again = [quantizer.quantize(part) for part in x.split(16)]
     assert torch.equal(codes, torch.cat([c for c, _ in again]))
     assert torch.equal(scales, torch.cat([s for _, s in again]))
+
+
+@pytest.mark.parametrize(("head_dim", "bits", "name"), [(128, 0, "bits=0"), (128, 9, "bits=9"), (60, 2, "head_dim=60")])
+def test_what_cannot_be_packed_is_refused_when_it_is_made(head_dim: int, bits: int, name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        MSEQuantizer(head_dim, bits)

@@ -39,6 +39,8 @@ class Missing(TransformersQuantizedCache):
         ("kivi-2", 2 + 32 / 64),
         ("kivi-2:group=32", 3),
         ("tile-scaling-2", 2 + 16 / 64 + 16 / 128),
+        ("turboquant-prod-3", (3.5 + 3.25) / 2),
+        ("turboquant-mixed-2.5", (16 * 3 + 48 * 2 + 32) / 64 + 1 / 128),
         ("quanto-4", 4.5),
     ],
 )

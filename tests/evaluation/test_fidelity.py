@@ -46,9 +46,9 @@ def test_divergence_is_the_definition_on_logits_from_decoding() -> None:
     compressed = torch.cat(steps)[context:].double().softmax(-1)
     kl = sum(p * (p / q).log() for p, q in zip(exact.T, compressed.T, strict=True))
     assert isinstance(kl, torch.Tensor)
-    assert got.kl_mean == pytest.approx(float(kl.mean()), rel=1e-3)
-    assert got.kl_median == pytest.approx(float(kl.median()), rel=1e-3)
-    assert got.kl_tail == pytest.approx(float(kl.max()), rel=1e-3)  # of 49 tokens
+    assert got.kl_mean == pytest.approx(float(kl.mean()), rel=1e-2)  # rounding may move a code
+    assert got.kl_median == pytest.approx(float(kl.median()), rel=1e-2)
+    assert got.kl_tail == pytest.approx(float(kl.max()), rel=1e-2)  # of 49 tokens
     assert got.top1_agreement == pytest.approx(float((exact.argmax(-1) == compressed.argmax(-1)).double().mean()))
 
 

@@ -7,7 +7,7 @@ import torch
 
 from turboquant_local.cache import storage
 from turboquant_local.cache.layer import make_codec
-from turboquant_local.config import TurboQuantConfig
+from turboquant_local.config import CodebookName, TurboQuantConfig
 from turboquant_local.kernels.layout import KVView
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -19,9 +19,9 @@ class Case:
     device = DEVICE
 
     @staticmethod
-    def view(x: torch.Tensor, bits: int, keys: bool = False) -> KVView:
+    def view(x: torch.Tensor, bits: int, keys: bool = False, codebook: CodebookName = "grid") -> KVView:
         """Sinks, far and near tokens and window of what was appended to an empty cache."""
-        config = TurboQuantConfig(sink_length=3, residual_length=20, near_length=32)
+        config = TurboQuantConfig(sink_length=3, residual_length=20, near_length=32, codebook=codebook)
         whole = storage.append(storage.empty(x), x)
         return storage.settle(whole, config, make_codec(config, x.shape[-1], bits, keys))
 
@@ -35,12 +35,14 @@ class Case:
         v_bits: int = 4,
         dtype: torch.dtype = torch.float32,
         batch: int = 2,
+        codebook: CodebookName = "grid",
     ) -> tuple[KVView, KVView]:
         """Random keys, with a bias and centred, and values."""
         generator = torch.Generator().manual_seed(0)
         k = torch.randn(batch, heads, tokens, k_dim, generator=generator) + 2 * torch.randn(k_dim, generator=generator)
         v = torch.randn(batch, heads, tokens, v_dim, generator=generator)
-        return self.view(k.to(DEVICE, dtype), k_bits, keys=True), self.view(v.to(DEVICE, dtype), v_bits)
+        keys = self.view(k.to(DEVICE, dtype), k_bits, keys=True, codebook=codebook)
+        return keys, self.view(v.to(DEVICE, dtype), v_bits, codebook=codebook)
 
     @staticmethod
     def queries(

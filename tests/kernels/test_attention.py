@@ -82,6 +82,15 @@ def test_half_precision_is_no_worse_than_its_rounding(
     assert torch.equal(out, api.attention(query, keys, values, impl=impl))
 
 
+@pytest.mark.parametrize(("head_dim", "k_bits", "v_bits"), [(128, 4, 3), (64, 8, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_levels_of_the_paper(impl: str, dtype: torch.dtype, head_dim: int, k_bits: int, v_bits: int, case: Any) -> None:
+    keys, values = case.views(131, 1, head_dim, head_dim, k_bits, v_bits, dtype, codebook="lloyd_max")
+    query = case.queries(2, 1, head_dim, dtype)
+    truth = case.exact(query, keys, values, case.causal(1, 131))
+    assert case.error(api.attention(query, keys, values, impl=impl), truth) < (2e-6 if dtype == torch.float32 else 1e-3)
+
+
 @pytest.mark.parametrize("q_length", [2, 11])
 def test_masks_of_both_kinds_for_all_heads_and_for_each(impl: str, q_length: int, case: Any) -> None:
     keys, values = case.views(163, 2, 64, 64)

@@ -18,9 +18,6 @@ from turboquant_local.config import TurboQuantConfig
 from turboquant_local.kernels import api
 from turboquant_local.kernels.layout import KVView, PackedKV
 
-_PIECE = 4096
-"""Tokens of a long prompt that are packed at once: bounds what is near and far at the same time."""
-
 
 @dataclass(frozen=True)
 class SideCodec:
@@ -44,6 +41,21 @@ class SideCodec:
 
     def _scale_bits(self) -> tuple[int, int]:
         return self.far.scale_bits, self.near.scale_bits
+
+
+def targets(config: TurboQuantConfig, length: int, among_first: int | None = None) -> tuple[int, int]:
+    """How many of a sequence's tokens are to be packed, and how many of those far.
+
+    Args:
+        config: The settings.
+        length: Tokens of the sequence.
+        among_first: Leave the tokens behind the first so many as they are.
+    """
+    packed = config.packed_length(length)
+    if among_first is not None:
+        blocks = max(0, among_first - config.sink_length) // config.block_length
+        packed = min(packed, blocks * config.block_length)
+    return packed, min(config.far_length(length), packed)
 
 
 def empty(like: torch.Tensor) -> KVView:
@@ -71,15 +83,12 @@ def settle(view: KVView, config: TurboQuantConfig, codec: SideCodec, among_first
         view: May hold tensors that belong to the model; they are copied.
         config: How many tokens stay unpacked, and near.
         codec: The codec of this side.
-        among_first: Leave the tokens behind the first so many as they are.
+        among_first: As for `targets`.
     """
-    target, far_target = config.packed_length(view.shape[2]), config.far_length(view.shape[2])
-    if among_first is not None:
-        blocks = max(0, among_first - config.sink_length) // config.block_length
-        target = min(target, blocks * config.block_length)
+    target, far_target = targets(config, view.shape[2], among_first)
     count = max(0, target - view.packed_length)
     far_length = view.far.length if view.far else 0
-    leaving = min(far_target, target) - far_length
+    leaving = far_target - far_length
     if not count and leaving <= 0:
         return replace(view, recent=_owned(view.recent))
     sinks, recent, statistics = view.sinks, view.recent, view.statistics
@@ -89,15 +98,11 @@ def settle(view: KVView, config: TurboQuantConfig, codec: SideCodec, among_first
         statistics = codec.statistics(recent[:, :, : config.sample_length])
     far, near = view.far, view.near
     unweighted = replace(statistics, weights=None)  # near codes are fine enough to be rounded one by one
-    for start in range(0, max(count, 1), _PIECE):
-        piece = recent[:, :, start : min(start + _PIECE, count)]
-        if piece.shape[2]:
-            near = _join(near, api.quantize_kv(piece, codec.near, unweighted))
-        moved = min(near.length, leaving) if near else 0
-        if near is not None and moved > 0:
-            far = _join(far, api.requantize_kv(near.tokens(0, moved), codec.far, statistics))
-            near = near.tokens(moved, near.length) if moved < near.length else None
-            leaving -= moved
+    if count:
+        near = _join(near, api.quantize_kv(recent[:, :, :count], codec.near, unweighted))
+    if near is not None and leaving > 0:
+        far = _join(far, api.requantize_kv(near.tokens(0, leaving), codec.far, statistics))
+        near = near.tokens(leaving, near.length) if leaving < near.length else None
     return KVView(sinks, _owned_packed(far), _owned_packed(near), _owned(recent[:, :, count:]), statistics)
 
 
@@ -137,7 +142,8 @@ def map_tensors(view: KVView, function: Callable[[torch.Tensor], torch.Tensor]) 
 
 
 def dequantize(view: KVView) -> torch.Tensor:
-    """All tokens in the model's dtype: `[batch, num_kv_heads, tokens, head_dim]`."""
+    """All tokens in use, in the model's dtype: `[batch, num_kv_heads, tokens, head_dim]`."""
+    view = view.in_use()
     if not view.packed:
         return view.recent
     parts = [api.dequantize_kv(part, view.recent.dtype) for part in view.packed]

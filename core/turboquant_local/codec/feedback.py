@@ -33,19 +33,18 @@ def feedback_codes(
     Returns:
         Codes, int32, and their levels, float32, both `[..., tokens, head_dim]`.
     """
-    factor = _error_factor(weights, rotation).mT
-    y = y.mT.contiguous()  # one coordinate of all tokens is then one stretch of memory
-    codes = torch.empty_like(y, dtype=torch.int32)
-    levels, errors = torch.empty_like(y), torch.empty_like(y)
-    for start in range(0, y.shape[-2], _PANEL):
-        stop = min(start + _PANEL, y.shape[-2])
-        panel = y[..., start:stop, :] - factor[..., start:stop, :start] @ errors[..., :start, :]
+    passed_on = -_error_factor(weights, rotation).mT
+    targets = y.mT.contiguous()  # one coordinate of all tokens is then one stretch of memory
+    errors = torch.empty_like(targets)
+    for start in range(0, targets.shape[-2], _PANEL):
+        stop = min(start + _PANEL, targets.shape[-2])
+        targets[..., start:stop, :] += passed_on[..., start:stop, :start] @ errors[..., :start, :]
         for i in range(start, stop):
-            target = panel[..., i - start, :].contiguous()
-            code, level = nearest(target)
-            error = target - level
-            codes[..., i, :], levels[..., i, :], errors[..., i, :] = code, level, error
-            panel[..., i - start + 1 :, :] -= factor[..., i + 1 : stop, i, None] * error.unsqueeze(-2)
+            target = targets[..., i, :]
+            error = target - nearest(target)[1]
+            errors[..., i, :] = error
+            targets[..., i + 1 : stop, :].addcmul_(passed_on[..., i + 1 : stop, i, None], error.unsqueeze(-2))
+    codes, levels = nearest(targets)
     return codes.mT.contiguous(), levels.mT.contiguous()
 
 

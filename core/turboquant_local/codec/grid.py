@@ -14,7 +14,7 @@ import torch
 _STEPS = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.335}
 """Best steps for a standard normal coordinate; above four bits the largest of 128 coordinates, 2.75, sets it."""
 
-_FACTORS = {1: (1.0,), 2: (0.7, 0.6, 0.5), 3: (0.9, 0.8, 0.7), 4: (1.0, 0.93, 0.86, 0.8)}
+FACTORS = {1: (1.0,), 2: (0.7, 0.6, 0.5), 3: (0.9, 0.8, 0.7), 4: (1.0, 0.93, 0.86, 0.8)}
 """Shares of the step that just holds a vector's largest coordinate, of which each vector takes the best."""
 
 
@@ -42,7 +42,7 @@ def vector_steps(y: torch.Tensor, bits: int) -> torch.Tensor:
         bits: 1 to 8.
     """
     largest = y.abs().amax(-1, keepdim=True).div((2**bits - 1) / 2).clamp_min(torch.finfo(torch.float32).tiny)
-    factors = _FACTORS.get(bits, (1.0,))
+    factors = FACTORS.get(bits, (1.0,))
     best_step: torch.Tensor = largest * factors[0]
     if len(factors) == 1:
         return best_step

@@ -27,8 +27,10 @@ def packed_size(head_dim: int, bits: int) -> int:
     """Bytes of one packed vector.
 
     Raises:
-        ConfigError: The head size is not a multiple of 8.
+        ConfigError: The head size is not a multiple of 8, or no byte holds such a code.
     """
+    if not 1 <= bits <= 8:
+        raise ConfigError(f"bits={bits}: codes have 1 to 8 bits")
     if head_dim % 8:
         raise ConfigError(
             f"head_dim={head_dim}: codes pack into whole bytes only for multiples of 8; skip these layers"

@@ -106,7 +106,7 @@ class MSEQuantizer:
         codebook: "lloyd_max" (the paper), or "grid": equal distances, with a step for every vector (`codec.grid`).
 
     Raises:
-        ConfigError: A head size that cannot be packed or rotated this way.
+        ConfigError: A width that is not offered, or a head size that cannot be packed or rotated this way.
     """
 
     head_dim: int
@@ -141,6 +141,7 @@ class MSEQuantizer:
         norm = y.norm(dim=-1, keepdim=True)
         y = y / norm.clamp_min(torch.finfo(torch.float32).tiny)
         gram = None if weights is None else (constants.rotation * weights.float()) @ constants.rotation.T
+        weighted = y if gram is None else y @ gram
         if self.codebook == "grid":
             step, spacing = vector_steps(y, self.bits), grid_step(self.head_dim, self.bits)
             nearest: Nearest = partial(nearest_level, bits=self.bits)
@@ -151,20 +152,24 @@ class MSEQuantizer:
             codes, level = nearest(y / step)
         else:
             codes, level = feedback_codes(y / step, nearest, weights, constants.rotation)
-        scale = torch.where(norm > 0, norm * self._unit_scale(y, level, step, gram) / spacing, 0.0)
+        scale = torch.where(norm > 0, norm * self._unit_scale(y, weighted, level, step, gram) / spacing, 0.0)
         if self.codebook == "grid" and self.scale_bits == 8:
             scale = rounded_scales(scale)
             step = scale * spacing / norm.clamp_min(torch.finfo(torch.float32).tiny)
-            codes = (refine_levels(y, level, step, self.bits, gram) + (2**self.bits - 1) / 2).int()
+            codes = (refine_levels(y, weighted, level, step, self.bits, gram) + (2**self.bits - 1) / 2).int()
         return pack_codes(codes.to(torch.uint8), self.bits), scale.squeeze(-1)
 
     def _unit_scale(
-        self, y: torch.Tensor, level: torch.Tensor, step: torch.Tensor, gram: torch.Tensor | None
+        self,
+        y: torch.Tensor,
+        weighted: torch.Tensor,
+        level: torch.Tensor,
+        step: torch.Tensor,
+        gram: torch.Tensor | None,
     ) -> torch.Tensor:
         """What the levels of unit vectors are to be multiplied by, `[..., tokens, 1]`."""
         if self.scale == "norm":
             return step
-        weighted = y if gram is None else y @ gram
         dot = (weighted * level).sum(-1, keepdim=True)
         if self.scale == "unbiased":
             return (weighted * y).sum(-1, keepdim=True) / dot
@@ -205,7 +210,7 @@ class _Constants:
 
 def _nearest_centroid(constants: _Constants, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and centroids of unit vectors' coordinates."""
-    codes = torch.bucketize(y, constants.boundaries, out_int32=True)
+    codes = torch.bucketize(y.contiguous(), constants.boundaries, out_int32=True)
     return codes, constants.centroids.take(codes.long())
 
 

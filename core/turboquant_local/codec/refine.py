@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-_STRETCH = 16.0
+STRETCH = 16.0
 """What the error along the vector itself counts, against one across it. A key that matters is one that lies along the
 query. From 8 to 40 the loss hardly changes."""
 
@@ -16,7 +16,12 @@ _ROUNDS = 2
 
 
 def refine_levels(
-    y: torch.Tensor, level: torch.Tensor, step: torch.Tensor, bits: int, gram: torch.Tensor | None = None
+    y: torch.Tensor,
+    weighted: torch.Tensor,
+    level: torch.Tensor,
+    step: torch.Tensor,
+    bits: int,
+    gram: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """In each round, move that one coordinate of every vector to a neighbouring level which lessens the error most.
 
@@ -24,7 +29,8 @@ def refine_levels(
 
     Args:
         y: `[..., tokens, head_dim]` float32.
-        level: Levels in steps, of the same shape.
+        weighted: Hy, of the same shape.
+        level: Levels in steps, likewise.
         step: `[..., tokens, 1]`, what they are read with.
         bits: Bits of a code; levels reach to (2**bits - 1) / 2 on both sides.
         gram: H, `[..., head_dim, head_dim]`, the second moments of the queries; the identity if None.
@@ -33,25 +39,32 @@ def refine_levels(
         Levels.
     """
     error = step * level - y
-    weighted = y if gram is None else y @ gram
     gradient = error if gram is None else error @ gram  # half of that of e'He
     diagonal = 1.0 if gram is None else gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
-    energy = (weighted * y).sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    stretch = _STRETCH * (error * weighted).sum(-1, keepdim=True) / energy
-    curvature = step * (diagonal + _STRETCH * weighted.square() / energy)
+    along = STRETCH / (weighted * y).sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    stretch = along * (error * weighted).sum(-1, keepdim=True)
+    curvature = step * (diagonal + along * weighted.square())
     level = level.clone()
-    for _ in range(_ROUNDS):
-        slope = gradient + stretch * weighted
-        sign = -slope.sign()
-        change = curvature - 2 * slope.abs()  # of the error by a step against the slope, over the step
-        change.masked_fill_(level * sign >= (2**bits - 1) / 2, torch.inf)
+    for left in reversed(range(_ROUNDS)):
+        slope = torch.addcmul(gradient, stretch, weighted)
+        moved = level - slope.sign()
+        change = torch.sub(curvature, slope.abs_(), alpha=2)  # of the error by a step against the slope, over the step
+        change.masked_fill_(moved.abs() > (2**bits - 1) / 2, torch.inf)
         least, at = change.min(-1, keepdim=True)
-        move = torch.where(least < 0, sign.gather(-1, at), 0.0)
-        level.scatter_add_(-1, at, move)
-        move = move * step
-        stretch = stretch + _STRETCH * move * weighted.gather(-1, at) / energy
-        if gram is None:
-            gradient = gradient.scatter_add(-1, at, move)
-        else:
-            gradient = gradient + move * gram.gather(-2, at.expand_as(level))
+        before = level.gather(-1, at)
+        after = torch.where(least < 0, moved.gather(-1, at), before)
+        level.scatter_(-1, at, after)
+        if left:
+            move = (after - before) * step
+            stretch = torch.addcmul(stretch, move * along, weighted.gather(-1, at))
+            if gram is None:
+                gradient = gradient.scatter_add(-1, at, move)
+            else:
+                gradient = torch.addcmul(gradient, move, _rows(gram, at))
     return level
+
+
+def _rows(matrix: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Rows of `[..., n, n]` by their numbers `[..., tokens, 1]`: `[..., tokens, n]`."""
+    first = torch.arange(0, matrix[..., 0].numel(), matrix.shape[-1], device=at.device).view(*matrix.shape[:-2], 1)
+    return torch.nn.functional.embedding(first + at.squeeze(-1), matrix.flatten(0, -2))

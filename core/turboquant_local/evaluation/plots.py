@@ -84,7 +84,7 @@ def _draw_frontier(axes: Axes, rows: Sequence[Comparison], highlight: str | None
     series: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row.fidelity is not None:
-            family = re.sub(r"-\d+$", "", row.codec)  # kivi-2, kivi-3 and kivi-4 are one series
+            family = re.sub(r"-[\d.]+$", "", row.codec)  # kivi-2, kivi-3 and kivi-4 are one series
             series.setdefault(family, []).append((row.size.stored_bytes / 2**20, max(row.fidelity.kl_mean, _LEAST)))
     best: list[tuple[float, float]] = []
     for point in sorted(point for points in series.values() for point in points):

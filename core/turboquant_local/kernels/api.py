@@ -70,9 +70,33 @@ def _plain(impl: str) -> str:
     """Check the name of an implementation in torch alone."""
     if impl not in ("auto", "reference"):
         missing = isinstance(_triton("decode_attention"), str)
-        known = "reference" if missing else "reference, and triton but for dequantize_kv"
+        known = "reference" if missing else "reference and triton"
         raise BackendError(f"impl={impl!r}: this installation has {known}; use one, or 'auto'")
     return "reference"
+
+
+def _module(operation: str, impl: str, cuda: bool, *arguments: object) -> Any:
+    """The implementation of packing or unpacking that is to run.
+
+    Args:
+        operation: "quantize", "requantize" or "dequantize".
+        impl: As for `choose`.
+        cuda: Whether the tensors are on a CUDA device.
+        *arguments: Of the operation.
+
+    Raises:
+        BackendError: As for `choose`.
+    """
+    if impl != "triton" and not (impl == "auto" and cuda):
+        _plain(impl)
+        return reference
+    module = _triton("dequantize" if operation == "dequantize" else "quantize")
+    reason = module if isinstance(module, str) else getattr(module, f"{operation}_refusal")(*arguments)
+    if reason is None:
+        return module
+    if impl == "triton":
+        raise BackendError(f"impl='triton': {reason}; use impl='reference', or 'auto'")
+    return reference
 
 
 def quantize_kv(
@@ -96,17 +120,9 @@ def quantize_kv(
             "build the quantizer for this head size"
         )
     _check_unit(quantizer, statistics)
-    if impl in ("auto", "triton") and (impl == "triton" or x.is_cuda):
-        quantize = _triton("quantize")
-        reason = quantize if isinstance(quantize, str) else quantize.refusal(x, quantizer, statistics)
-        if reason is None:
-            packed: PackedKV = quantize.quantize_kv(x, quantizer, statistics)
-            return packed
-        if impl == "triton":
-            raise BackendError(f"impl='triton': {reason}; use impl='reference', or 'auto'")
-    else:
-        _plain(impl)
-    return reference.quantize_kv(x, quantizer, statistics)
+    module = _module("quantize", impl, x.is_cuda, x, quantizer, statistics)
+    packed: PackedKV = module.quantize_kv(x, quantizer, statistics)
+    return packed
 
 
 def requantize_kv(
@@ -122,11 +138,14 @@ def requantize_kv(
 
     Raises:
         CacheError: 8-bit scales have no unit.
-        BackendError: There is no such implementation.
+        BackendError: There is no such implementation here, or it does not serve these quantizers.
     """
     _check_unit(quantizer, statistics)
-    _plain(impl)
-    return reference.requantize_kv(packed, quantizer, statistics)
+    if packed.quantizer == quantizer:
+        return packed
+    module = _module("requantize", impl, packed.codes.is_cuda, packed, quantizer, statistics)
+    again: PackedKV = module.requantize_kv(packed, quantizer, statistics)
+    return again
 
 
 def _check_unit(quantizer: Quantizer, statistics: HeadStatistics) -> None:
@@ -141,10 +160,11 @@ def dequantize_kv(packed: PackedKV, dtype: torch.dtype, *, impl: str = "auto") -
     """Unpack keys or values: `[batch, num_kv_heads, tokens, head_dim]` in `dtype`.
 
     Raises:
-        BackendError: There is no such implementation.
+        BackendError: There is no such implementation here, or it does not serve this quantizer.
     """
-    _plain(impl)
-    return reference.dequantize_kv(packed, dtype)
+    module = _module("dequantize", impl, packed.codes.is_cuda, packed, dtype)
+    x: torch.Tensor = module.dequantize_kv(packed, dtype)
+    return x
 
 
 def attention(
@@ -163,7 +183,8 @@ def attention(
 
     Args:
         query: `[batch, num_q_heads, q_length, head_dim]`; num_q_heads is a multiple of num_kv_heads.
-        keys: Keys of kv_length tokens, oldest first.
+        keys: Keys of kv_length tokens, oldest first; with `lengths`, kv_length is their sum, and shapes say how many
+            there may be at most.
         values: Their values.
         mask: `[batch or 1, num_q_heads or 1, q_length or 1, kv_length or more]`: bool (True: visible) or float,
             added to the scores.
@@ -194,6 +215,8 @@ def attention(
         raise CacheError(f"mask {tuple(mask.shape)}: expected 4 dimensions, the last of {keys.shape[2]} keys or more")
     if [part.length for part in keys.packed] != [part.length for part in values.packed]:
         raise CacheError("keys.packed, values.packed: expected parts of equal lengths; pack both sides together")
+    if (keys.lengths is None) != (values.lengths is None):
+        raise CacheError("keys.lengths, values.lengths: expected both or none; they say what both sides have in use")
     if any(part.mean is not None for part in values.packed):
         raise CacheError("values.packed: only keys can be centred; quantize the values without a mean")
     module = reference if choose(query, keys, values, impl) == "reference" else _triton(_operation(query))

@@ -20,6 +20,7 @@ from turboquant_local.evaluation.codecs.fp8 import FP8
 from turboquant_local.evaluation.codecs.hadamard_int import HadamardInt
 from turboquant_local.evaluation.codecs.identity import Identity
 from turboquant_local.evaluation.codecs.kivi import KIVIKeys, KIVIValues
+from turboquant_local.evaluation.codecs.paper import TurboQuantMixed, TurboQuantMSE, TurboQuantProd
 from turboquant_local.evaluation.codecs.quantized_cache import TransformersQuantizedCache
 from turboquant_local.evaluation.codecs.tile_scaling import TileScaling
 from turboquant_local.evaluation.codecs.turboquant import TurboQuantCodec
@@ -31,6 +32,11 @@ def _both(name: str, make: Callable[[], FakeQuantizer], **fields: int) -> FakeQu
 
 def _kivi(name: str, bits: int, group: int = 64, **fields: int) -> FakeQuantizedCodec:
     return FakeQuantizedCodec(name, KIVIKeys(bits, group), KIVIValues(bits, group), **fields)
+
+
+def _prod(name: str, bits: int, **fields: int) -> FakeQuantizedCodec:
+    """The paper's inner-product codec for keys; values need a vector, not inner products."""
+    return FakeQuantizedCodec(name, TurboQuantProd(bits), TurboQuantMSE(bits), **fields)
 
 
 def _plain(name: str, bits: int, **fields: Any) -> TurboQuantCodec:
@@ -57,11 +63,14 @@ CODECS: Final[Mapping[str, Callable[..., KVCodec]]] = {
         for bits in (4, 3, 2)
         for family, make in (
             ("plain-turboquant", _plain),
+            ("turboquant-prod", _prod),
             ("hadamard-int", lambda name, bits, **fields: _both(name, partial(HadamardInt, bits), **fields)),
             ("kivi", _kivi),
             ("tile-scaling", lambda name, bits, **fields: _both(name, partial(TileScaling, bits), **fields)),
         )
     },
+    "turboquant-mixed-3.5": lambda name, **fields: _both(name, partial(TurboQuantMixed, 3), **fields),
+    "turboquant-mixed-2.5": lambda name, **fields: _both(name, partial(TurboQuantMixed, 2), **fields),
     # transformers' own, with its own window and without sinks; they need a package.
     "quanto-4": partial(TransformersQuantizedCache, backend="quanto", bits=4),
     "quanto-2": partial(TransformersQuantizedCache, backend="quanto", bits=2),

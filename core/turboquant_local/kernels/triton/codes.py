@@ -5,10 +5,10 @@ dimensions: slot s of element g is channel `slots * g + s`. An element is 16 bit
 three-bit codes) or 8 (of six-bit codes) of each further plane; a byte for 1 bit, and for 3 where vectors are short. The
 bit order is that of `codec.packing`.
 
-A code c of a uniform grid becomes a number by a mask alone: a float16 whose low mantissa bits are c and whose other bits
-are 0 is c / 2^24, exactly, and the tensor core multiplies such numbers as any other. A code that lies p bits higher
-comes out 2^p times as large; who uses it folds 2^-p into the other factor (`lowered`). The centre of the grid is left
-in (`centre`) and comes off the sums.
+A code c of a uniform grid becomes a number by a mask alone: a float16 whose low mantissa bits are c and whose other
+bits are 0 is c / 2^24, exactly, and the tensor core multiplies such numbers as any other. A code that lies p bits
+higher comes out 2^p times as large; who uses it folds 2^-p into the other factor (`lowered`). The centre of the grid is
+left in (`centre`) and comes off the sums.
 """
 
 import triton
@@ -111,7 +111,7 @@ def _level(
     if GRID:
         PER_BYTE: tl.constexpr = 8 // _width(BITS)
         level = code.to(tl.float32)
-        if DTYPE == tl.float32:
+        if tl.float32 == DTYPE:
             level -= centre(BITS, True, False)
         level *= UNIT * 2.0 ** (SLOT % PER_BYTE * _width(BITS))
     else:
@@ -175,9 +175,7 @@ def levels(
     if GRID and FAST and BITS > 1:
         out = _levels_by_assembly(x, y, z, BITS, SLOTS)
     elif BITS == 8:
-        out = tl.join(
-            _level(x, y, z, table, 0, BITS, GRID, DTYPE), _level(x, y, z, table, 1, BITS, GRID, DTYPE)
-        )
+        out = tl.join(_level(x, y, z, table, 0, BITS, GRID, DTYPE), _level(x, y, z, table, 1, BITS, GRID, DTYPE))
     elif SLOTS == 4:
         out = _four(x, y, z, table, 0, 1, BITS, GRID, DTYPE)
     elif SLOTS == 8:

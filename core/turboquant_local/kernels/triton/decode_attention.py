@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 import triton
 
-from turboquant_local.codec.quantizer import MSEQuantizer, Quantizer
+from turboquant_local.codec.quantizer import MSEQuantizer
 from turboquant_local.kernels.layout import KVView, PackedKV
 from turboquant_local.kernels.triton.decode_kernels import OTHER_TILES, attend
 from turboquant_local.kernels.triton.devices import counters, multiprocessors, unserved
@@ -28,15 +28,15 @@ class Launch:
         stages: Tiles loaded ahead.
         waves: Programs wanted for every multiprocessor.
         near: Programs for the near tokens of one KV head, at most.
+        registers: Of a thread, at most; 0 for as many as the compiler likes.
     """
 
     warps: int = 4
     tokens: int = 32
     stages: int = 3
-    waves: int = 3
+    waves: float = 2
     near: int = 2
     registers: int = 0
-    skip: int = 0
 
 
 def refusal(query: torch.Tensor, keys: KVView, values: KVView) -> str | None:
@@ -90,10 +90,10 @@ def attention(
     rows_at_once = 16 if group * q_length > 8 else 8
     chunks = triton.cdiv(group * q_length, rows_at_once)
 
-    launch = launch or _launch(keys, values, query.dtype, pairs)
+    launch = launch or _launch(query, keys, values)
     tile = launch.warps * launch.tokens
     far_tiles, near_tiles = (triton.cdiv(part.length, tile) if part else 0 for part in (keys.far, keys.near))
-    programs = max(1, launch.waves * multiprocessors(query.device) // (pairs * chunks))
+    programs = max(1, int(launch.waves * multiprocessors(query.device)) // (pairs * chunks))
     near_shares = min(near_tiles, launch.near, max(1, programs - 1))
     others = 1 + near_shares
     apart, sharing = others, max(0, min(programs - others, far_tiles))
@@ -132,32 +132,32 @@ def attention(
         COLUMNS=min(k_padded, launch.warps * 2**12 // k_padded),
         SHARES=max(1, launch.warps * 2**12 // (v_padded * most_rows)),
         V_COLUMNS=min(v_padded, launch.warps * 2**12 // v_padded) if v_part.quantizer.bits < 16 else v_padded,
-        SKIP=launch.skip, num_warps=launch.warps, **({"maxnreg": launch.registers} if launch.registers else {}),
+        num_warps=launch.warps, **({"maxnreg": launch.registers} if launch.registers else {}),
     )  # fmt: skip
     return result
 
 
 def _with_others(tiles: int, others: int, programs: int) -> int:
     """Most far tiles of a program if some have other work too, which counts as tiles."""
-    return triton.cdiv(tiles + others * OTHER_TILES.value, max(programs, others))
+    return int(triton.cdiv(tiles + others * OTHER_TILES.value, max(programs, others)))
 
 
-def _launch(keys: KVView, values: KVView, dtype: torch.dtype, pairs: int) -> Launch:
+def _launch(query: torch.Tensor, keys: KVView, values: KVView) -> Launch:
     """A choice that fits registers and shared memory; measured in benchmarks/NOTES.md."""
-    if dtype == torch.float32:
-        return Launch(stages=1)
+    far = keys.far.length * keys.shape[0] * keys.shape[1] if keys.far else 0
+    waves = 1 if far < 1024 * multiprocessors(query.device) else 2
     quantizers = [part.quantizer for part in (*keys.packed, *values.packed)]
+    if query.dtype == torch.float32 or any(isinstance(x, MSEQuantizer) and x.codebook != "grid" for x in quantizers):
+        return Launch(stages=1, waves=waves)
     if max(x.head_dim for x in quantizers) > 128 or max(x.bits for x in quantizers) > 8:
-        return Launch(stages=2)
-    return Launch()
+        return Launch(stages=2, waves=waves)
+    return Launch(waves=waves)
 
 
 Kind = tuple[int, bool, str, int, bool, str]
 
 
-def _operands(
-    k: PackedKV | None, v: PackedKV | None
-) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...], Kind | None]:
+def _operands(k: PackedKV | None, v: PackedKV | None) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...], Kind | None]:
     """Codes, scales, their units and table of both sides, strides (of codes in vectors), and how they are read."""
     if k is None or v is None:
         return (), (), None
@@ -188,13 +188,13 @@ def _side(packed: PackedKV) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, t
 
 def rotation_terms(packed: PackedKV, fast: bool) -> tuple[torch.Tensor, int]:
     """The rotation as its terms, and how many there are; codes stand in for that of the identity codec."""
-    if not packed.quantizer.constants(packed.codes.device):
+    if not isinstance(packed.quantizer, MSEQuantizer):
         return packed.codes, 1
     return _terms(packed.quantizer, packed.codes.device, fast)
 
 
 @lru_cache(maxsize=64)
-def _terms(quantizer: Quantizer, device: torch.device, fast: bool) -> tuple[torch.Tensor, int]:
+def _terms(quantizer: MSEQuantizer, device: torch.device, fast: bool) -> tuple[torch.Tensor, int]:
     matrix = quantizer.constants(torch.device("cpu"))[0].contiguous()
     if not fast:
         return matrix.to(device), 1

@@ -7,7 +7,6 @@ from turboquant_local.kernels.triton.codes import UNIT, centre, lowered
 from turboquant_local.kernels.triton.queries import QUERY_LIFT, merge, rotated
 from turboquant_local.kernels.triton.softmax import INFINITY, finish, softmax_step, visible
 from turboquant_local.kernels.triton.tiles import (
-    _load,
     key_channels,
     load_keys,
     load_plain,
@@ -28,11 +27,15 @@ OTHER_TILES = tl.constexpr(4)
 def _sinks_and_recent(
     q, k_sinks, k_recent, v_sinks, v_recent, mask,
     row, valid, head, token, sinks, recent, kv_length, factor, softcap,
-    stride_mh, stride_mq, stride_mk, m, total, acc,
-    KD: tl.constexpr, KDP: tl.constexpr, VD: tl.constexpr, VDP: tl.constexpr, Q_LENGTH: tl.constexpr,
+    stride_mh, stride_mq, stride_mk, out, lse,
+    KD: tl.constexpr, KDP: tl.constexpr, VD: tl.constexpr, VDP: tl.constexpr, NR: tl.constexpr, Q_LENGTH: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, W: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The tokens that are not packed: the first and the last of all."""
+    ROWS: tl.constexpr = row.shape[0]
+    m = tl.full([W, ROWS], -INFINITY, tl.float32)
+    total = tl.zeros([W, BN, ROWS], tl.float32)
+    acc = tl.zeros([W, VDP, ROWS], tl.float32)
     query = load_queries(q, row, valid, tl.arange(0, KDP), KD, W)
     k_recent -= sinks * KD
     v_recent -= sinks * VD
@@ -48,10 +51,13 @@ def _sinks_and_recent(
             stride_mh, stride_mq, stride_mk, softcap, Q_LENGTH, MASK, CAUSAL, SOFTCAP,
         )  # fmt: skip
         s = tl.where(in_range[:, :, None], s, -INFINITY)
-        p, _, m, total, acc = softmax_step(s, tl.full([W, BN], 1.0, tl.float32), tl.zeros([W, BN], tl.float32), m, total, acc)
+        one = tl.full([W, BN], 1.0, tl.float32)
+        p, _, m, total, acc = softmax_step(s, one, one, m, total, acc)
         values = tl.permute(values, [0, 2, 1])
         acc = tl.dot(values, p.to(values.dtype), acc=acc, input_precision="ieee")
-    return m, total, acc
+    no_sums = tl.zeros([W, ROWS], tl.float32)
+    plain = tl.full([VDP], 1.0, tl.float32)
+    finish(m, total, acc, no_sums, plain, 1.0, tl.arange(0, VDP), out, lse, tl.arange(0, ROWS), valid, VDP, NR)
 
 
 @triton.jit
@@ -62,19 +68,9 @@ def _packed_tile(
     KD: tl.constexpr, KDP: tl.constexpr, VD: tl.constexpr, VDP: tl.constexpr, Q_LENGTH: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_GRID: tl.constexpr, V_GRID: tl.constexpr, MEAN: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, K_SCALES: tl.constexpr, V_SCALES: tl.constexpr,
-    W: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, FULL: tl.constexpr, SKIP: tl.constexpr,
+    W: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """One tile of packed tokens, of which `FULL` says that none lies behind the last."""
-    if SKIP & 32 and FULL:
-        ka, kb, kc = _load(k_codes + start.to(tl.int64) * (KD * K_BITS // 8), packed, KD, KDP, K_BITS, W, BN // 32, FULL)
-        va, vb, vc = _load(v_codes + start.to(tl.int64) * (VD * V_BITS // 8), packed, VD, VDP, V_BITS, W, BN // 32, FULL)
-        k_scale, _ = load_scales(k_scales + start // scales_a_load(K_SCALES), k_unit, packed, W, BN, K_SCALES, FULL)
-        scale, lift = load_scales(v_scales + start // scales_a_load(V_SCALES), v_unit, packed, W, BN, V_SCALES, FULL)
-        z = ka ^ va
-        if K_BITS == 3:
-            z = z ^ kb ^ kc ^ vb ^ vc
-        z = tl.max(tl.max(tl.max(tl.max(tl.max(z, 4).to(tl.int32), 3), 2), 1), 0)
-        return m + z.to(tl.float32), total + (k_scale + scale)[:, :, None], acc, sums
     left = packed - start
     local = token_of(tl.arange(0, W)[:, None], tl.arange(0, BN)[None, :], W)
     in_range = local < left
@@ -96,7 +92,8 @@ def _packed_tile(
     if not FULL:
         s = tl.where(in_range[:, :, None], s, -INFINITY)
     if V_BITS == 16:
-        p, _, m, total, acc = softmax_step(s, tl.full([W, BN], 1.0, tl.float32), tl.zeros([W, BN], tl.float32), m, total, acc)
+        one = tl.full([W, BN], 1.0, tl.float32)
+        p, _, m, total, acc = softmax_step(s, one, one, m, total, acc)
         v = load_plain(v_codes + (start.to(tl.int64) + local) * VD, in_range, VD, VDP, FULL)
         v = tl.permute(v, [0, 2, 1])
     else:
@@ -104,7 +101,7 @@ def _packed_tile(
         p, decay, m, total, acc = softmax_step(s, scale, lift, m, total, acc)
         v_at = v_codes + start.to(tl.int64) * (VD * V_BITS // 8)
         v = load_values(v_at, v_table, left, VD, VDP, V_BITS, V_GRID, W, BN, DTYPE, FAST, FULL)
-        if centre(V_BITS, V_GRID, DTYPE == tl.float32) > 0:  # of the rounded weights, by the same additions
+        if centre(V_BITS, V_GRID, tl.float32 == DTYPE) > 0:  # of the rounded weights, by the same additions
             twice = tl.full([W, 16, BN], 2 * centre(V_BITS, True, False) * UNIT, DTYPE)
             sums = tl.dot(twice, p.to(DTYPE), acc=sums * decay[:, None, :], input_precision="ieee")
     return m, total, tl.dot(v, p.to(v.dtype), acc=acc, input_precision="ieee"), sums
@@ -114,11 +111,12 @@ def _packed_tile(
 def _packed(
     q, k_rotation, mean, part, strides, mask,
     pair, batch, kv_head, row, valid, head, token, first, end, packed, position, kv_length, factor, softcap,
-    stride_mh, stride_mq, stride_mk, m, total, acc, out, lse,
-    KD: tl.constexpr, KDP: tl.constexpr, VD: tl.constexpr, VDP: tl.constexpr, NR: tl.constexpr,
-    Q_LENGTH: tl.constexpr, KIND: tl.constexpr, ORDER: tl.constexpr, MEAN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
+    stride_mh, stride_mq, stride_mk, out, lse,
+    KD: tl.constexpr, KDP: tl.constexpr, VD: tl.constexpr, VDP: tl.constexpr, NR: tl.constexpr, Q_LENGTH: tl.constexpr,
+    KIND: tl.constexpr, ORDER: tl.constexpr, MEAN: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
     W: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr,
-    K_TERMS: tl.constexpr, Q_TERMS: tl.constexpr, COLUMNS: tl.constexpr, SKIP: tl.constexpr,
+    K_TERMS: tl.constexpr, Q_TERMS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Packed tokens `first` to `end` of a part; see `attend`."""
     K_BITS: tl.constexpr = KIND[0]
@@ -133,10 +131,6 @@ def _packed(
     v_codes += (batch * v_stride_b + kv_head * v_stride_h) * (VD if V_BITS == 16 else VD * V_BITS // 8)
     k_scales += batch * ks_stride_b + kv_head * ks_stride_h
     v_scales += batch * vs_stride_b + kv_head * vs_stride_h
-    if SKIP & 8:
-        line = tl.arange(0, 32 * W) * 128
-        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [k_codes + tl.minimum(first.to(tl.int64) * (KD * K_BITS // 8) + line, tl.maximum(packed - 1, 0) * (KD * K_BITS // 8))], tl.int32, is_pure=False, pack=1)
-        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [v_codes + tl.minimum(first.to(tl.int64) * (VD * V_BITS // 8) + line, tl.maximum(packed - 1, 0) * (VD * V_BITS // 8))], tl.int32, is_pure=False, pack=1)
     # all that is to be read, before anything waits
     k_unit = tl.log2(tl.load(k_units + pair)) if K_SCALES == "byte" or K_SCALES == "bytes" else 0.0
     v_unit = tl.log2(tl.load(v_units + pair)) if V_SCALES == "byte" or V_SCALES == "bytes" else 0.0
@@ -147,19 +141,18 @@ def _packed(
     coefficient = tl.full([ROWS], 0.0, tl.float32)
     constant = coefficient
     middle = coefficient
+    m = tl.full([W, ROWS], -INFINITY, tl.float32)
+    total = tl.zeros([W, BN, ROWS], tl.float32)
+    acc = tl.zeros([W, VDP, ROWS], tl.float32)
     sums = tl.zeros([W, 16, ROWS], tl.float32)
     if K_BITS == 16:
         query = load_queries(q, row, valid, tl.arange(0, KDP), KD, W)
     else:
         channels = key_channels(KD, KDP, K_BITS)
-        if SKIP & 4:
-            x = tl.load(q + row[None, :] * KD + channels[:, None]).to(tl.float32)
-            norm = tl.sum(x, 0)
-        else:
-            x, norm, constant = rotated(
-                q, k_rotation, mean + pair * KD, row, valid, channels, KD, KDP, MEAN, K_TERMS, Q_TERMS, COLUMNS
-            )  # fmt: skip
-            constant *= factor
+        x, norm, constant = rotated(
+            q, k_rotation, mean + pair * KD, row, valid, channels, KD, KDP, MEAN, K_TERMS, Q_TERMS, COLUMNS
+        )
+        constant *= factor
         coefficient = norm * (factor / QUERY_LIFT)
         x *= QUERY_LIFT
         if K_GRID:
@@ -174,10 +167,10 @@ def _packed(
     for step in tl.range(0, whole, W * BN, num_stages=STAGES):
         m, total, acc, sums = _packed_tile(
             k_codes, k_scales, k_unit, k_table, v_codes, v_scales, v_unit, v_table, mask,
-            query, coefficient, constant, middle, head, token, first + step % (2 * W * BN if SKIP & 16 else 2**30), packed, position, kv_length, factor,
+            query, coefficient, constant, middle, head, token, first + step, packed, position, kv_length, factor,
             softcap, stride_mh, stride_mq, stride_mk, m, total, acc, sums,
             KD, KDP, VD, VDP, Q_LENGTH, K_BITS, V_BITS, K_GRID, V_GRID, MEAN,
-            MASK, CAUSAL, SOFTCAP, K_SCALES, V_SCALES, W, BN, dtype, FAST, True, SKIP,
+            MASK, CAUSAL, SOFTCAP, K_SCALES, V_SCALES, W, BN, dtype, FAST, True,
         )  # fmt: skip
     for step in tl.range(whole, end - first, W * BN, num_stages=1):
         m, total, acc, sums = _packed_tile(
@@ -185,7 +178,7 @@ def _packed(
             query, coefficient, constant, middle, head, token, first + step, packed, position, kv_length, factor,
             softcap, stride_mh, stride_mq, stride_mk, m, total, acc, sums,
             KD, KDP, VD, VDP, Q_LENGTH, K_BITS, V_BITS, K_GRID, V_GRID, MEAN,
-            MASK, CAUSAL, SOFTCAP, K_SCALES, V_SCALES, W, BN, dtype, FAST, False, SKIP,
+            MASK, CAUSAL, SOFTCAP, K_SCALES, V_SCALES, W, BN, dtype, FAST, False,
         )  # fmt: skip
     at = value_channels(tl.arange(0, VDP), VD, VDP, V_BITS)
     place = tl.where(at < VD, value_place(at, VDP, ORDER), -1)
@@ -209,13 +202,14 @@ def attend(
     MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
     K_TERMS: tl.constexpr, V_TERMS: tl.constexpr, Q_TERMS: tl.constexpr, SINK: tl.constexpr,
     W: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr,
-    COLUMNS: tl.constexpr, SHARES: tl.constexpr, V_COLUMNS: tl.constexpr, SKIP: tl.constexpr = 0,
+    COLUMNS: tl.constexpr, SHARES: tl.constexpr, V_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Attend to one share of one KV head's tokens, for up to ROWS of its queries.
 
-    The first share are sinks and recent window, the next `near_shares` the near tokens, the others the far ones, each
-    part cut into equally many tiles. A share without tokens gives -inf. The program that is done last merges all
-    shares of its queries; `done` counts, 0 before and after.
+    The first share are sinks and recent window, the next `near_shares` the near tokens, the others the far ones. The
+    first two kinds have the first programs: to themselves with `apart`, which is how many these are; with 0 these take
+    far tokens as well, fewer than the other programs do. A share without tokens gives -inf. The program that is done
+    last merges all shares of its queries; `done` counts, 0 before and after.
 
     Arguments as in `decode_attention.attention`. `plain` are keys and values of sinks and window; a part is codes,
     scales, units and table of keys, and the same of values, with strides of codes and scales over batch and heads; FAR
@@ -249,59 +243,48 @@ def attend(
     mask += batch * mask_stride_b
     program = tl.program_id(1)
     others = 1 + near_shares
-    sharing = tl.num_programs(1) - apart  # programs with far tokens, of which the first have other work too
+    sharing = tl.num_programs(1) - apart  # programs with far tokens
     shares = others + sharing
     number = pair * tl.num_programs(2) + tl.program_id(2)
     lse += number * shares * NR
     out += number * shares * (VDP * NR)
-    zero = tl.full([W, ROWS], -INFINITY, tl.float32), tl.zeros([W, BN, ROWS], tl.float32), tl.zeros([W, VDP, ROWS], tl.float32)
     ORDER: tl.constexpr = NEAR[3] if FAR is None else FAR[3]
     if program == 0:
-        m, total, acc = _sinks_and_recent(
+        _sinks_and_recent(
             q, k_sinks, k_recent, v_sinks, v_recent, mask,
             row, valid, head, token, sinks, recent, kv_length, factor, softcap,
-            mask_stride_h, mask_stride_q, mask_stride_k, *zero,
-            KD, KDP, VD, VDP, Q_LENGTH, MASK, CAUSAL, SOFTCAP, W, BN,
+            mask_stride_h, mask_stride_q, mask_stride_k, out, lse,
+            KD, KDP, VD, VDP, NR, Q_LENGTH, MASK, CAUSAL, SOFTCAP, W, BN,
         )  # fmt: skip
-        finish(
-            m, total, acc, tl.zeros([W, ROWS], tl.float32), tl.full([VDP], 1.0, tl.float32), 1.0, tl.arange(0, VDP),
-            out, lse, tl.arange(0, ROWS), valid, VDP, NR,
+    if NEAR is not None and program > 0 and program < others:
+        tiles = tl.cdiv(tl.cdiv(near_length, W * BN), near_shares) * (W * BN)
+        first = (program - 1) * tiles
+        _packed(
+            q, k_rotation, mean, near, near_strides, mask,
+            pair, batch, kv_head, row, valid, head, token, first, tl.minimum(first + tiles, near_length),
+            near_length, sinks + far_length, kv_length, factor, softcap, mask_stride_h, mask_stride_q, mask_stride_k,
+            out + program * (VDP * NR), lse + program * NR,
+            KD, KDP, VD, VDP, NR, Q_LENGTH, NEAR, ORDER, MEAN, MASK, CAUSAL, SOFTCAP, W, BN, 1, FAST,
+            K_TERMS, Q_TERMS, COLUMNS,
         )  # fmt: skip
-    elif program < others:
-        if NEAR is not None:
-            tiles = tl.cdiv(tl.cdiv(near_length, W * BN), near_shares) * (W * BN)
-            first = (program - 1) * tiles
-            _packed(
-                q, k_rotation, mean, near, near_strides, mask,
-                pair, batch, kv_head, row, valid, head, token, first, tl.minimum(first + tiles, near_length),
-                near_length, sinks + far_length, kv_length, factor, softcap,
-                mask_stride_h, mask_stride_q, mask_stride_k, *zero, out + program * (VDP * NR), lse + program * NR,
-                KD, KDP, VD, VDP, NR, Q_LENGTH, NEAR, ORDER, MEAN, MASK, CAUSAL, SOFTCAP, W, BN, 1, FAST,
-                K_TERMS, Q_TERMS, COLUMNS, SKIP,
-            )  # fmt: skip
-    if FAR is not None:
-        if program >= apart:
-            share = program - apart
-            most = tl.cdiv(tl.cdiv(far_length, W * BN) + (others - apart) * OTHER_TILES, sharing)
-            fewer = tl.maximum(most - OTHER_TILES, 0)
-            tiles = tl.where(share < others - apart, fewer, most) * (W * BN)
-            first = tl.minimum(share, others - apart) * fewer + tl.maximum(share - others + apart, 0) * most
-            first *= W * BN
-            _packed(
-                q, k_rotation, mean, far, far_strides, mask,
-                pair, batch, kv_head, row, valid, head, token, first, tl.minimum(first + tiles, far_length),
-                far_length, sinks, kv_length, factor, softcap, mask_stride_h, mask_stride_q, mask_stride_k, *zero,
-                out + (others + share) * (VDP * NR), lse + (others + share) * NR,
-                KD, KDP, VD, VDP, NR, Q_LENGTH, FAR, ORDER, MEAN, MASK, CAUSAL, SOFTCAP, W, BN, STAGES, FAST,
-                K_TERMS, Q_TERMS, COLUMNS, SKIP,
-            )  # fmt: skip
-    if SKIP & 2:
-        return
+    if FAR is not None and program >= apart:
+        share = program - apart
+        loaded = others - apart
+        most = tl.cdiv(tl.cdiv(far_length, W * BN) + loaded * OTHER_TILES, sharing)
+        fewer = tl.maximum(most - OTHER_TILES, 0)
+        first = (tl.minimum(share, loaded) * fewer + tl.maximum(share - loaded, 0) * most) * (W * BN)
+        tiles = tl.where(share < loaded, fewer, most) * (W * BN)
+        _packed(
+            q, k_rotation, mean, far, far_strides, mask,
+            pair, batch, kv_head, row, valid, head, token, first, tl.minimum(first + tiles, far_length),
+            far_length, sinks, kv_length, factor, softcap, mask_stride_h, mask_stride_q, mask_stride_k,
+            out + (others + share) * (VDP * NR), lse + (others + share) * NR,
+            KD, KDP, VD, VDP, NR, Q_LENGTH, FAR, ORDER, MEAN, MASK, CAUSAL, SOFTCAP, W, BN, STAGES, FAST,
+            K_TERMS, Q_TERMS, COLUMNS,
+        )  # fmt: skip
     tl.debug_barrier()
     if tl.atomic_add(done + number, 1, sem="acq_rel") == tl.num_programs(1) - 1:
         tl.store(done + number, 0)
-        if SKIP & 1:
-            shares = 0
         merge(
             out, lse, sink_logits, v_rotation, result, shares,
             pair * (GROUP * Q_LENGTH) + tl.program_id(2) * ROWS,

@@ -62,7 +62,7 @@ def rotated(
         inside = (channels < D)[:, None] & (k < D)[None, :]
         first = tl.load(matrix, mask=inside, other=0.0)
         part = tl.load(q + row[None, :] * D + k[:, None], mask=valid[None, :] & (k < D)[:, None], other=0.0)
-        middle = tl.load(mean + k, mask=k < D, other=0.0) if MEAN else 0.0
+        middle = tl.load(mean + k, mask=(k < D) & MEAN, other=0.0)  # before anything waits
         part = part.to(tl.float32)
         x = _product(first, part, x, Q_TERMS)
         if TERMS > 1:

@@ -1,0 +1,82 @@
+"""Time to first token on a CUDA device: a compressed cache against transformers' own, in the same run.
+
+The model has the geometry of Llama-3.1-8B and random weights in bfloat16; a prompt goes through it in one call, and the
+time stops when its first token is known. The caches take turns; medians. Rows go to benchmarks/results/prefill.csv.
+
+Run: python benchmarks/prefill.py [--layers N] [--out PATH]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from gpu import machine, write_rows
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from turboquant_local import TurboQuantCache
+
+CONTEXTS = (8192, 32768)
+PRESETS = ("balanced", "compact", "extreme")
+REPEATS = 3
+
+
+def build(layers: int) -> LlamaForCausalLM:
+    """The model, made on the device."""
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=131072,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    with torch.device("cuda"):
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    return model.eval()
+
+
+def first_token(model: LlamaForCausalLM, ids: torch.Tensor, cache: Cache) -> float:
+    """Seconds from the call to the token."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    with torch.no_grad():
+        model(ids, past_key_values=cache, logits_to_keep=1).logits.argmax().item()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Measure all points, print a table and write the rows."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "prefill.csv")
+    options = parser.parse_args()
+    where, rows = machine(), []
+    model = build(options.layers)
+    for context in CONTEXTS:
+        ids = torch.randint(0, 128256, (1, context), generator=torch.Generator().manual_seed(0)).cuda()
+        times: dict[str, list[float]] = {name: [] for name in ("DynamicCache", *PRESETS)}
+        for turn in range(REPEATS + 1):
+            for name, taken in times.items():
+                cache = (
+                    DynamicCache(config=model.config) if name == "DynamicCache" else TurboQuantCache(model.config, name)
+                )
+                seconds = first_token(model, ids, cache)
+                del cache
+                if turn:  # the first compiles
+                    taken.append(seconds)
+        base = median(times["DynamicCache"])
+        for name, taken in times.items():
+            rows.append({
+                **where, "layers": options.layers, "context": context, "cache": name,
+                "ttft_ms_min": f"{min(taken) * 1e3:.1f}", "ttft_ms_median": f"{median(taken) * 1e3:.1f}",
+                "ttft_ms_max": f"{max(taken) * 1e3:.1f}", "ratio": f"{median(taken) / base:.3f}",
+            })  # fmt: skip
+            print(
+                f"{context:>6} {name:<13} {median(taken) * 1e3:8.1f} ms {rows[-1]['ratio']} of DynamicCache", flush=True
+            )
+    write_rows(options.out, rows)
+
+
+if __name__ == "__main__":
+    main()
