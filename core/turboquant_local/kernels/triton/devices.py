@@ -20,6 +20,12 @@ def unserved(device: torch.device) -> str | None:
 
 
 @lru_cache(maxsize=8)
+def hopper(device: torch.device) -> bool:
+    """Whether tensor cores take their operands from shared memory, 64 rows at a time."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@lru_cache(maxsize=8)
 def multiprocessors(device: torch.device) -> int:
     """How many there are; 1 in the interpreter."""
     if device.type != "cuda":

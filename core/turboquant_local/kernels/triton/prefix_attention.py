@@ -12,10 +12,9 @@ from turboquant_local.kernels.layout import KVView, PackedKV
 from turboquant_local.kernels.triton import decode_attention
 from turboquant_local.kernels.triton.codes import slots
 from turboquant_local.kernels.triton.decode_attention import mask_operand, rotation_terms
-from turboquant_local.kernels.triton.devices import multiprocessors
+from turboquant_local.kernels.triton.devices import hopper, multiprocessors
 from turboquant_local.kernels.triton.prefix_kernel import attend
 
-_WAVES = 2
 _LEAST_TILES = 4
 
 
@@ -29,7 +28,8 @@ class Launch:
         warps: Warps of a program.
         stages: Tiles loaded ahead.
         registers: Most of a thread, or 0 for the compiler's choice.
-        shares: Into how many programs to cut the tokens of one; 0 for as many as fill the GPU.
+        waves: Programs wanted for every multiprocessor, if need be by cutting up the tokens.
+        shares: Into how many programs to cut the tokens of one, or 0 to go by `waves`.
     """
 
     rows: int = 64
@@ -37,8 +37,8 @@ class Launch:
     warps: int = 4
     stages: int = 3
     registers: int = 168
+    waves: int = 2
     shares: int = 0
-    keep: bool = False
 
 
 def refusal(query: torch.Tensor, keys: KVView, values: KVView) -> str | None:
@@ -67,9 +67,9 @@ def attention(
     group, pairs = q_heads // kv_heads, batch * kv_heads
     k_padded, v_padded = triton.next_power_of_2(k_dim), triton.next_power_of_2(v_dim)
     fast = not triton.knobs.runtime.interpret and query.dtype != torch.float32
-    launch = launch or _launch(query, max(k_padded, v_padded))
+    launch = launch or _launch(query, max(k_padded, v_padded), group * q_length)
     blocks = triton.cdiv(group * q_length, launch.rows)
-    shares = launch.shares or _shares(keys, blocks * pairs, launch.tokens, multiprocessors(query.device))
+    shares = launch.shares or _shares(keys, blocks * pairs, launch, multiprocessors(query.device))
 
     result = query.new_empty(batch, q_heads, q_length, v_dim)
     out = query.new_empty(shares, *result.shape, dtype=torch.float32) if shares > 1 else result
@@ -96,23 +96,30 @@ def attention(
         SINK=sink_logits is not None, K_TERMS=k_terms, V_TERMS=v_terms,
         Q_TERMS=1 if query.dtype == torch.bfloat16 else 2, SHARES=shares,
         BM=launch.rows, BN=launch.tokens, COLUMNS=min(64, k_padded),
-        STAGES=launch.stages, FAST=fast, WARPS=launch.warps, KEEP=launch.keep,
+        STAGES=launch.stages, FAST=fast, WARPS=launch.warps,
         num_warps=launch.warps, **({"maxnreg": launch.registers} if launch.registers else {}),
     )  # fmt: skip
     return result if shares == 1 else _merged(out, lse, query.dtype)
 
 
-def _launch(query: torch.Tensor, padded: int) -> Launch:
+def _launch(query: torch.Tensor, padded: int, rows: int) -> Launch:
     """A choice that fits registers and shared memory; measured in benchmarks/NOTES.md."""
     if query.dtype == torch.float32:  # without tensor cores
         return Launch(rows=16, tokens=32, stages=1, registers=0)
-    return Launch(tokens=32, warps=8, stages=2, registers=0) if padded > 128 else Launch()
+    if padded > 128:
+        return Launch(tokens=32, warps=8, stages=2, registers=0)
+    if rows > 64 and hopper(query.device):
+        return Launch(rows=128, tokens=128, warps=8, stages=1, registers=0, waves=1)
+    return Launch()
 
 
-def _shares(keys: KVView, programs: int, tile: int, processors: int) -> int:
-    """Enough for two programs a multiprocessor; a power of 2, for each is compiled."""
+def _shares(keys: KVView, programs: int, launch: Launch, processors: int) -> int:
+    """A power of 2, for each is compiled."""
     shares = 1
-    while 2 * shares * programs <= _WAVES * processors and 2 * shares * _LEAST_TILES * tile <= keys.shape[2]:
+    while (
+        2 * shares * programs <= launch.waves * processors
+        and 2 * shares * _LEAST_TILES * launch.tokens <= keys.shape[2]
+    ):
         shares *= 2
     return shares
 

@@ -162,7 +162,7 @@ def attend(
     MEAN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, SINK: tl.constexpr,
     K_TERMS: tl.constexpr, V_TERMS: tl.constexpr, Q_TERMS: tl.constexpr, SHARES: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr,
-    WARPS: tl.constexpr, KEEP: tl.constexpr,
+    WARPS: tl.constexpr,
 ):  # fmt: skip
     """Attend from a block of queries to a share of the tokens: of far, near, sinks and recent, in this order.
 
@@ -214,12 +214,11 @@ def attend(
             q + place * KD, valid, k_rotation, mean + pair * KD, KD, KDP, K_ORDER, MEAN, K_TERMS, Q_TERMS, COLUMNS
         )
         constant = along * factor
-        query = x.to(rotated.dtype.element_ty)
-        if not KEEP:  # what is loaded goes to shared memory, what is computed stays in registers
-            at = rotated + place[:, None] * KDP + d[None, :]
-            tl.store(at, query, mask=valid[:, None])
-            tl.debug_barrier()
-            query = tl.load(at, mask=valid[:, None], other=0.0)
+        # What is loaded goes to shared memory; what is computed would stay in registers, too many of them.
+        at = rotated + place[:, None] * KDP + d[None, :]
+        tl.store(at, x.to(rotated.dtype.element_ty), mask=valid[:, None])
+        tl.debug_barrier()
+        query = tl.load(at, mask=valid[:, None], other=0.0)
     before = 0
     v_unit = 1.0
     if FAR is not None:
