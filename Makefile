@@ -33,10 +33,12 @@ lint: $(STAMP) ## Check style, types and who may import whom
 bench: $(STAMP) ## Measure memory and speed on this machine's CPU, into benchmarks/results/
 	@$(BIN)/python benchmarks/bench.py $(ARGS)
 
-bench-gpu: $(STAMP) ## Time the GPU kernels and the first token against 16 bits, into benchmarks/results/
+bench-gpu: $(STAMP) ## Measure kernels, whole generations and memory on a CUDA GPU (needed), into benchmarks/results/
 	@$(BIN)/python benchmarks/decode_attention.py
 	@$(BIN)/python benchmarks/quantize.py
 	@$(BIN)/python benchmarks/prefill.py
+	@$(BIN)/python benchmarks/generate.py
+	@$(BIN)/python benchmarks/memory.py
 
 quality: $(STAMP) ## Measure what every codec costs a model, into benchmarks/results/ (quick: make quality ARGS="--windows 3")
 	@$(BIN)/python benchmarks/quality.py $(ARGS)

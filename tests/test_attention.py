@@ -83,3 +83,45 @@ def test_what_no_path_can_do_is_refused(monkeypatch: pytest.MonkeyPatch, model: 
     x = torch.zeros(1, 2, 3, 32)
     with pytest.raises(BackendError, match=r"Gemma2Attention: .*use DynamicCache with this model"):
         turboquant_attention(module, x, x, x, None, softcap=5.0)
+
+
+def test_no_mask_where_tokens_see_all_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers would give a single token one of today's length while a graph is captured."""
+    mask = AttentionMaskInterface()["turboquant"]
+    monkeypatch.setattr("transformers.utils.import_utils.is_cuda_stream_capturing", lambda: True)
+    sizes = {"batch_size": 1, "kv_length": 9, "q_offset": 8}
+    assert mask(**sizes, q_length=1) is None
+    assert mask(**sizes, q_length=1, local_size=4).shape == (1, 1, 1, 9)
+    assert mask(**sizes, q_length=1, attention_mask=torch.tensor([[0] + [1] * 8]).bool())[0, 0, 0].tolist()[0] is False
+    assert mask(**{**sizes, "q_offset": 7}, q_length=2) is None
+    assert mask(**{**sizes, "q_offset": 6}, q_length=2).sum(-1).tolist() == [[[7, 8]]]
+
+
+@pytest.mark.parametrize("more", [{}, {"position_bias": torch.zeros(1, 4, 3, 9)}], ids=["plain", "biased"])
+def test_tokens_behind_others_see_all_before_them(more: dict[str, torch.Tensor]) -> None:
+    """Without a mask the triangle ends with the last key, not with the first ones as in transformers' own attention."""
+    module = torch.nn.Identity()
+    module.num_key_value_groups = 2
+    query, key, value = (torch.randn(1, heads, tokens, 16) for heads, tokens in ((4, 3), (2, 9), (2, 9)))
+    visible = torch.ones(3, 9, dtype=torch.bool).tril(6)[None, None]
+    out, _ = turboquant_attention(module, query, key, value, None, **more)
+    expected, _ = turboquant_attention(module, query, key, value, visible)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("length", "before"), [(300, 700), (1024, 3072), (2, 5)])
+def test_tokens_behind_others_on_a_gpu(dtype: torch.dtype, length: int, before: int) -> None:
+    """Torch chooses cuDNN for some of these."""
+    generator = torch.Generator().manual_seed(length)
+    sizes = ((8, length), (2, before + length), (2, before + length))
+    query, key, value = (torch.randn(1, *size, 128, generator=generator).cuda().to(dtype) for size in sizes)
+    visible = torch.ones(length, before + length, dtype=torch.bool).tril(before).cuda()
+    out, _ = turboquant_attention(torch.nn.Identity(), query, key, value, None)
+    key, value = (x.double().repeat_interleave(4, 1) for x in (key, value))
+    weights = (query.double() @ key.mT / 128**0.5).masked_fill(~visible, -torch.inf).softmax(-1)
+    expected = (weights @ value).transpose(1, 2)
+    error = (out.double() - expected).norm() / expected.norm()
+    assert error < {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 2e-3}[dtype]

@@ -10,6 +10,9 @@ import sys
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -77,11 +80,33 @@ def turboquant_attention(
         return out.transpose(1, 2).contiguous(), None
     handled = isinstance(key, KVHandle) or isinstance(value, KVHandle)
     if not handled and softcap is None and s_aux is None:
+        if causal and attention_mask is None and 1 < query.shape[2] < key.shape[2]:
+            if not special:
+                return _behind_others(query, key, value, scaling).transpose(1, 2).contiguous(), None
+            # Transformers would align the triangle with the first of the keys.
+            shape = (query.shape[2], key.shape[2])
+            attention_mask = query.new_ones(shape, dtype=torch.bool).tril(shape[1] - shape[0])[None, None]
         plain: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
         return plain
     return _eager(module, query, key, value, attention_mask, scaling, dropout, causal, softcap, s_aux, kwargs)
+
+
+def _behind_others(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None) -> torch.Tensor:
+    """Causal attention of the last tokens: to all before them, and among themselves."""
+    before = key.shape[2] - query.shape[2]
+    last_key, last_value = key[:, :, before:], value[:, :, before:]
+    choice = torch._fused_sdp_choice(query, last_key, last_value, is_causal=True, scale=scaling, enable_gqa=True)
+    if choice != SDPBackend.CUDNN_ATTENTION.value:
+        bias = causal_lower_right(query.shape[2], key.shape[2])
+        return scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling, enable_gqa=True)
+    # cuDNN is the fastest where torch chooses it, but aligns the triangle with the first of the keys.
+    attend = torch.ops.aten._scaled_dot_product_cudnn_attention
+    far, far_lse = attend(query, key[:, :, :before], value[:, :, :before], None, True, scale=scaling)[:2]
+    near, near_lse = attend(query, last_key, last_value, None, True, is_causal=True, scale=scaling)[:2]
+    share = torch.sigmoid(far_lse - near_lse).reshape(*query.shape[:3], 1)
+    return torch.lerp(near.float(), far.float(), share).to(query.dtype)
 
 
 def _eager(
@@ -122,5 +147,26 @@ def _eager(
     return out
 
 
+def turboquant_mask(**kwargs: Any) -> torch.Tensor | None:
+    """Transformers' own mask, but none where each token sees all before it: that is as large as queries times keys.
+
+    Transformers makes one for tokens behind others, and, while a CUDA graph is captured, for a single one, of as many
+    keys as there are at that moment.
+
+    Args:
+        **kwargs: As for `sdpa_mask`.
+
+    Returns:
+        Bool `[batch, 1, q_length, kv_length]`, or None for plain causal.
+    """
+    plain = kwargs.get("allow_is_causal_skip", True) and kwargs.get("local_size") is None
+    offset, length = kwargs.get("q_offset", 0), kwargs["q_length"]
+    last = length == 1 or (isinstance(offset, int) and offset + length == kwargs["kv_length"])
+    if last and kwargs.get("attention_mask") is None and plain:
+        return None
+    mask: torch.Tensor | None = sdpa_mask(**kwargs)
+    return mask
+
+
 AttentionInterface.register(ATTENTION_NAME, turboquant_attention)
-AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+AttentionMaskInterface.register(ATTENTION_NAME, turboquant_mask)

@@ -48,6 +48,14 @@ def test_inner_products_keep_slope_one_for_queries_of_that_profile() -> None:
     assert (truth @ seen / (truth @ truth)).item() == pytest.approx(1.0, abs=0.005)
 
 
+def test_heads_are_coded_together_as_alone() -> None:
+    x = vectors(60, 64).view(2, 30, 64)
+    weights = torch.stack([uneven(64), uneven(64).flip(-1)]).view(2, 1, 64)
+    codes, _ = MSEQuantizer(64, 3).quantize(x, weights)
+    alone = torch.stack([MSEQuantizer(64, 3).quantize(x[i], weights[i])[0] for i in range(2)])
+    assert (codes == alone).all(-1).float().mean() > 0.95
+
+
 def test_panels_equal_the_plain_recursion() -> None:
     """One coordinate after the other in float64: target = x minus what the errors before it leave to mend."""
     rotation, weights = rotation_matrix(48), uneven(48)

@@ -115,7 +115,7 @@ def test_sliding_windows_and_recurrent_layers(
 def test_layers_that_stay_uncompressed_are_mentioned_once(
     make_engine: MakeEngine, random_model: Callable[[str], str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    prompt_cache._log_once.cache_clear()
+    prompt_cache.log_once.cache_clear()
     for kv_cache in ("balanced", "compact", "uncompressed"):
         make_engine(random_model("gemma3"), kv_cache=kv_cache).chat(CAPITAL, options=SHORT)
     messages = [record.message for record in caplog.records if record.name.startswith("turboquant_local")]

@@ -26,6 +26,14 @@ SHAPES = [
     pytest.param(2, 1, 8, 90, 256, 256, 16, 1, id="gqa-8-queries-d256-k16v1"),
     pytest.param(2, 2, 1, 90, 64, 64, 16, 16, id="mha-identity"),
     pytest.param(4, 2, 1, 110, 96, 128, 6, 6, id="gqa-k96v128-k6v6"),
+    pytest.param(8, 2, 20, 303, 128, 128, 4, 4, id="gqa-20-queries-d128-k4v4"),
+    pytest.param(4, 4, 9, 63, 64, 64, 3, 2, id="mha-9-queries-d64-k3v2"),
+    pytest.param(6, 1, 13, 140, 96, 96, 8, 4, id="mqa-13-queries-d96-k8v4"),
+    pytest.param(2, 2, 40, 150, 80, 64, 2, 3, id="mha-40-queries-k80v64-k2v3"),
+    pytest.param(4, 2, 11, 90, 192, 128, 1, 16, id="gqa-11-queries-k192v128-k1v16"),
+    pytest.param(2, 1, 10, 90, 256, 256, 16, 1, id="gqa-10-queries-d256-k16v1"),
+    pytest.param(2, 2, 30, 90, 64, 64, 16, 16, id="mha-30-queries-identity"),
+    pytest.param(4, 2, 12, 110, 96, 128, 6, 6, id="gqa-12-queries-k96v128-k6v6"),
 ]
 
 
@@ -83,10 +91,11 @@ def test_levels_of_the_paper(impl: str, dtype: torch.dtype, head_dim: int, k_bit
     assert case.error(api.attention(query, keys, values, impl=impl), truth) < (2e-6 if dtype == torch.float32 else 1e-3)
 
 
-def test_masks_of_both_kinds_for_all_heads_and_for_each(impl: str, case: Any) -> None:
+@pytest.mark.parametrize("q_length", [2, 11])
+def test_masks_of_both_kinds_for_all_heads_and_for_each(impl: str, q_length: int, case: Any) -> None:
     keys, values = case.views(163, 2, 64, 64)
-    query = case.queries(4, 2, 64)
-    mask = case.causal(2, 163).repeat(2, 1, 1, 1)
+    query = case.queries(4, q_length, 64)
+    mask = case.causal(q_length, 163).repeat(2, 1, 1, 1)
     mask[0, ..., :150] = False  # left padding: all packed tokens, and some of the window
     truth = case.exact(query, keys, values, mask)
     assert case.error(api.attention(query, keys, values, mask=mask, impl=impl), truth) < 2e-6
@@ -94,33 +103,36 @@ def test_masks_of_both_kinds_for_all_heads_and_for_each(impl: str, case: Any) ->
     assert case.error(api.attention(query, keys, values, mask=wider, impl=impl), truth) < 2e-6
     additive = torch.zeros(mask.shape, device=case.device).masked_fill(~mask, torch.finfo(torch.float32).min)
     assert case.error(api.attention(query, keys, values, mask=additive, impl=impl), truth) < 2e-6
-    each = torch.rand(1, 4, 2, 163, device=case.device) > 0.3
+    each = torch.rand(1, 4, q_length, 163, device=case.device) > 0.3
     out = api.attention(query, keys, values, mask=each, impl=impl)
     assert case.error(out, case.exact(query, keys, values, each)) < 2e-6
 
 
-def test_a_query_that_sees_nothing_gets_zero(impl: str, case: Any) -> None:
+@pytest.mark.parametrize("q_length", [1, 9])
+def test_a_query_that_sees_nothing_gets_zero(impl: str, q_length: int, case: Any) -> None:
     keys, values = case.views(90, 2, 64, 64)
-    mask = case.causal(1, 90).repeat(2, 1, 1, 1)
+    mask = case.causal(q_length, 90).repeat(2, 1, 1, 1)
     mask[1] = False
-    out = api.attention(case.queries(4, 1, 64), keys, values, mask=mask, impl=impl)
+    out = api.attention(case.queries(4, q_length, 64), keys, values, mask=mask, impl=impl)
     assert out[0].isfinite().all()
     assert torch.equal(out[1], torch.zeros_like(out[1]))
 
 
-def test_softcap_and_sink_logits(impl: str, case: Any) -> None:
+@pytest.mark.parametrize("q_length", [3, 10])
+def test_softcap_and_sink_logits(impl: str, q_length: int, case: Any) -> None:
     keys, values = case.views(131, 2, 64, 64)
-    query = 5 * case.queries(6, 3, 64)
+    query = 5 * case.queries(6, q_length, 64)
     logits = torch.linspace(-2, 6, 6, device=case.device)
-    truth = case.exact(query, keys, values, case.causal(3, 131), 7.0, logits)
+    truth = case.exact(query, keys, values, case.causal(q_length, 131), 7.0, logits)
     out = api.attention(query, keys, values, softcap=7.0, sink_logits=logits, impl=impl)
     assert case.error(out, truth) < 2e-6
 
 
-def test_not_causal_sees_everything(impl: str, case: Any) -> None:
+@pytest.mark.parametrize("q_length", [7, 17])
+def test_not_causal_sees_everything(impl: str, q_length: int, case: Any) -> None:
     keys, values = case.views(131, 2, 64, 64)
-    query = case.queries(4, 7, 64)
-    truth = case.exact(query, keys, values, torch.ones(7, 131, dtype=torch.bool, device=case.device))
+    query = case.queries(4, q_length, 64)
+    truth = case.exact(query, keys, values, torch.ones(q_length, 131, dtype=torch.bool, device=case.device))
     assert case.error(api.attention(query, keys, values, causal=False, impl=impl), truth) < 2e-6
 
 

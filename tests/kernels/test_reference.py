@@ -34,7 +34,7 @@ def test_chunks_of_queries_in_tiles_of_any_size(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if small_tiles:
-        monkeypatch.setattr("turboquant_local.kernels.reference._TILE_ELEMENTS", 1)
+        monkeypatch.setattr("turboquant_local.kernels.reference._TILE_ELEMENTS", {"cpu": 1, "cuda": 1})
     keys, values = case.views(tokens, heads, k_dim, v_dim, k_bits, v_bits)
     query = case.queries(q_heads, q_length, k_dim)
     truth = case.exact(query, keys, values, case.causal(q_length, tokens))

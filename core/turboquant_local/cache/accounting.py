@@ -21,7 +21,7 @@ from turboquant_local.config import TurboQuantConfig
 from turboquant_local.errors import ConfigError
 from turboquant_local.kernels.layout import vector_bytes
 
-_ATTENTION_STATE = ("_k", "_v", "_k_codec", "_v_codec", "_constants")
+_ATTENTION_STATE = ("_k", "_v", "_k_codec", "_v_codec", "_constants", "_reserve", "_slot")
 """What a compressed layer holds for attention; a hybrid layer holds more."""
 
 
@@ -36,7 +36,7 @@ class MemoryReport:
         sinks: First tokens, in the model's dtype.
         recent: Recent window, in the model's dtype.
         bypassed: Layers left uncompressed.
-        constants: Rotations and codebooks, once a cache.
+        constants: Rotations and codebooks, once a cache, and how much of its buffers a static cache uses.
         total: All of it.
         uncompressed: What transformers' own cache would hold for the same tokens.
     """
@@ -90,20 +90,19 @@ def report(layers: list[Any]) -> MemoryReport:
             parts["bypassed"] += tensors
             uncompressed += storage_bytes(iter(tensors))
             continue
-        state = {
-            name: value
-            for name, value in vars(layer).items()
-            if name not in ("_k", "_v", "_k_codec", "_v_codec", "_constants")
-        }
+        state = {name: value for name, value in vars(layer).items() if name not in _ATTENTION_STATE}
         recurrent = list(live_tensors(state))
         parts["bypassed"] += recurrent
         uncompressed += storage_bytes(iter(recurrent))
-        parts["constants"] += layer._constants
+        parts["constants"] += live_tensors([layer._constants, layer._slot])
         for view in (layer._k, layer._v):
+            if view is not None:
+                batch, heads, _, head_dim = view.shape
+                uncompressed += batch * heads * layer.get_seq_length() * head_dim * view.recent.element_size()
+        for view in (layer._k, layer._v, *(layer._reserve or ())):
             if view is None:
                 continue
-            batch, heads, tokens, head_dim = view.shape
-            uncompressed += batch * heads * tokens * head_dim * view.recent.element_size()
+            parts["constants"] += live_tensors(view.lengths)
             parts["sinks"].append(view.sinks)
             parts["recent"].append(view.recent)
             for part in view.packed:

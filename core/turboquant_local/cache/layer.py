@@ -59,6 +59,7 @@ class CompressedLayer(DynamicLayer):
     Attributes:
         kv_cache: The settings.
         stats: Shared by all layers of a cache.
+        packs: Pack tokens as they leave the recent window. If not, they are kept until `settle`.
     """
 
     def __init__(self, kv_cache: TurboQuantConfig, stats: AttentionStats, shape: tuple[int, int] | None = None) -> None:
@@ -72,9 +73,13 @@ class CompressedLayer(DynamicLayer):
         self.kv_cache = kv_cache
         self.stats = stats
         self.shape = shape
+        self.packs = True
         self._k: KVView | None = None
         self._v: KVView | None = None
         self._constants: tuple[torch.Tensor, ...] = ()
+        # Buffers kept for decoding, and where in the window the next token goes: held here to be counted.
+        self._reserve: tuple[KVView, KVView] | None = None
+        self._slot: torch.Tensor | None = None
         self.is_initialized = False
 
     @property
@@ -135,17 +140,32 @@ class CompressedLayer(DynamicLayer):
             )
         config, held = self.kv_cache, self._k.shape[2]
         seen_k, seen_v = storage.append(self._k, key_states), storage.append(self._v, value_states)
-        if held:
+        if held and self.packs:
             seen_k = storage.settle(seen_k, config, self._k_codec, among_first=held)
             seen_v = storage.settle(seen_v, config, self._v_codec, among_first=held)
-        self._store(storage.settle(seen_k, config, self._k_codec), storage.settle(seen_v, config, self._v_codec))
+        self._store(seen_k, seen_v)
+        if self.packs:
+            self.settle()
         if not seen_k.packed:
             self.stats.attention["exact"] += 1
         return self._as_tensor(seen_k), self._as_tensor(seen_v)
 
+    def settle(self) -> None:
+        """Pack what has left the recent window."""
+        if self._k is not None and self._v is not None:
+            self._store(
+                storage.settle(self._k, self.kv_cache, self._k_codec),
+                storage.settle(self._v, self.kv_cache, self._v_codec),
+            )
+
     def get_seq_length(self) -> int:
         """Tokens held."""
         return 0 if self._k is None else self._k.shape[2]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether any token is packed."""
+        return self._k is not None and bool(self._k.packed)
 
     def offload(self) -> None:
         """Move everything to the CPU."""
@@ -162,7 +182,7 @@ class CompressedLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self._k = self._v = None
+        self._k = self._v = self._reserve = self._slot = None
         self._constants = ()
         self.is_initialized = False
 

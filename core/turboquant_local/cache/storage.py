@@ -43,6 +43,21 @@ class SideCodec:
         return self.far.scale_bits, self.near.scale_bits
 
 
+def targets(config: TurboQuantConfig, length: int, among_first: int | None = None) -> tuple[int, int]:
+    """How many of a sequence's tokens are to be packed, and how many of those far.
+
+    Args:
+        config: The settings.
+        length: Tokens of the sequence.
+        among_first: Leave the tokens behind the first so many as they are.
+    """
+    packed = config.packed_length(length)
+    if among_first is not None:
+        blocks = max(0, among_first - config.sink_length) // config.block_length
+        packed = min(packed, blocks * config.block_length)
+    return packed, min(config.far_length(length), packed)
+
+
 def empty(like: torch.Tensor) -> KVView:
     """No token yet.
 
@@ -68,15 +83,12 @@ def settle(view: KVView, config: TurboQuantConfig, codec: SideCodec, among_first
         view: May hold tensors that belong to the model; they are copied.
         config: How many tokens stay unpacked, and near.
         codec: The codec of this side.
-        among_first: Leave the tokens behind the first so many as they are.
+        among_first: As for `targets`.
     """
-    target, far_target = config.packed_length(view.shape[2]), config.far_length(view.shape[2])
-    if among_first is not None:
-        blocks = max(0, among_first - config.sink_length) // config.block_length
-        target = min(target, blocks * config.block_length)
+    target, far_target = targets(config, view.shape[2], among_first)
     count = max(0, target - view.packed_length)
     far_length = view.far.length if view.far else 0
-    leaving = min(far_target, target) - far_length
+    leaving = far_target - far_length
     if not count and leaving <= 0:
         return replace(view, recent=_owned(view.recent))
     sinks, recent, statistics = view.sinks, view.recent, view.statistics
@@ -130,7 +142,8 @@ def map_tensors(view: KVView, function: Callable[[torch.Tensor], torch.Tensor]) 
 
 
 def dequantize(view: KVView) -> torch.Tensor:
-    """All tokens in the model's dtype: `[batch, num_kv_heads, tokens, head_dim]`."""
+    """All tokens in use, in the model's dtype: `[batch, num_kv_heads, tokens, head_dim]`."""
+    view = view.in_use()
     if not view.packed:
         return view.recent
     parts = [api.dequantize_kv(part, view.recent.dtype) for part in view.packed]

@@ -210,7 +210,7 @@ class _Constants:
 
 def _nearest_centroid(constants: _Constants, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and centroids of unit vectors' coordinates."""
-    codes = torch.bucketize(y, constants.boundaries, out_int32=True)
+    codes = torch.bucketize(y.contiguous(), constants.boundaries, out_int32=True)
     return codes, constants.centroids.take(codes.long())
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from turboquant_local.cache import TurboQuantCache
 from turboquant_local.config import TurboQuantConfig
 from turboquant_local.engine.loading import LoadedModel
 from turboquant_local.engine.metrics import collect_metrics, peak_memory, start_peak_memory
-from turboquant_local.engine.prompt_cache import PromptCache
+from turboquant_local.engine.prefill import prefill
+from turboquant_local.engine.prompt_cache import PromptCache, log_once
 from turboquant_local.engine.request import Request
 from turboquant_local.engine.text import StopStrings, TokenDecoder
 from turboquant_local.engine.types import ChatReply, FinishReason, ReasoningDelta, TextDelta, ToolCallDelta, Usage
@@ -25,8 +25,8 @@ Emit = Callable[[Delta], None]
 class ReplyReader(StoppingCriteria):
     """Reads each token as soon as it is chosen: emits what it adds to the reply and says whether to go on.
 
-    This is a stopping criterion rather than a streamer: `generate` asks the criteria first, so a stop string or a
-    cancellation is seen with the very token it falls on.
+    For `generate` this is a stopping criterion rather than a streamer: it asks the criteria first, so a stop string or
+    a cancellation is seen with the very token it falls on.
     """
 
     def __init__(self, request: Request, tokenizer: Any, emit: Emit) -> None:
@@ -41,9 +41,8 @@ class ReplyReader(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """Read the newest of the ids [1, length]; returns [1], True to stop."""
         # On some devices `generate` runs one step past the end before it looks, and undoes that step.
-        if self.end is None:
-            self._read(int(input_ids[0, -1]))
-        return torch.tensor([self.end is not None], device=input_ids.device)
+        ends = self.end is not None or self.read(int(input_ids[0, -1]))
+        return torch.tensor([ends], device=input_ids.device)
 
     def finish(self) -> None:
         """Emit what was held back: half a character, or the beginning of what might have become a stop string."""
@@ -56,7 +55,8 @@ class ReplyReader(StoppingCriteria):
         """Why the reply ended; "length" if `generate` itself ended it."""
         return "tool_calls" if self._request.parser.tool_calls else self.end or "length"
 
-    def _read(self, token_id: int) -> None:
+    def read(self, token_id: int) -> bool:
+        """Read the newest token; returns whether the reply ends with it."""
         request = self._request
         request.stopwatch.token()
         self.token_ids.append(token_id)
@@ -73,6 +73,7 @@ class ReplyReader(StoppingCriteria):
             elif request.is_cancelled():
                 self.end = "cancelled"
         self.reasoning_tokens += was_in_reasoning or request.parser.in_reasoning
+        return self.end is not None
 
     def _emit_text(self, text: str) -> None:
         if text:
@@ -95,48 +96,50 @@ def generate_reply(loaded: LoadedModel, kept: PromptCache, request: Request, emi
     start_peak_memory(loaded.device)
     try:
         cache, cached_tokens = kept.prepare(loaded.model, request.prompt_ids)
-        _run(loaded.model, cache, cached_tokens, request, reader)
+        decoding = _run(loaded.model, kept, cache, cached_tokens, request, reader)
         kept.record([*request.prompt_ids, *reader.token_ids])
     except BaseException:
         kept.drop()
         raise
     reader.finish()
     usage = Usage(len(request.prompt_ids), len(reader.token_ids), cached_tokens, reader.reasoning_tokens)
-    return _reply(loaded, request, kept.config, reader.finish_reason, usage, tuple(reader.token_ids), cache)
+    return _reply(loaded, request, kept.config, reader.finish_reason, usage, tuple(reader.token_ids), cache, decoding)
 
 
 def cancelled_reply(loaded: LoadedModel, request: Request, kv_cache: TurboQuantConfig) -> ChatReply:
     """The reply to a request that was cancelled before its turn came."""
-    return _reply(loaded, request, kv_cache, "cancelled", Usage(len(request.prompt_ids), 0), (), None)
+    return _reply(loaded, request, kv_cache, "cancelled", Usage(len(request.prompt_ids), 0), (), None, "")
 
 
-def _run(model: Any, cache: TurboQuantCache, cached_tokens: int, request: Request, reader: ReplyReader) -> None:
+def _run(
+    model: Any, kept: PromptCache, cache: TurboQuantCache, cached_tokens: int, request: Request, reader: ReplyReader
+) -> str:
+    """Generate; returns how it was decoded."""
     prompt = torch.tensor([request.prompt_ids], device=model.device)  # [1, length]
-    # The part of the prompt that ends up packed is run first and alone. What is left is then the same, and is computed
-    # in the same way, whether or not the cache held that part already: a repeated prompt repeats its reply exactly.
-    packed = cache.window_start(prompt.shape[1] - 1)
-    if packed > cached_tokens:
-        _prefill(model, cache, prompt[:, cached_tokens:packed])
-    if request.is_cancelled():
-        reader.end = "cancelled"
-        return
-    # Given all ids and a mask of the same length, `generate` itself leaves out what the cache holds.
-    model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
-        generation_config=request.sampling.config,
-        logits_processor=request.sampling.processors,
-        stopping_criteria=StoppingCriteriaList([reader]),
-    )
-
-
-@torch.no_grad()
-def _prefill(model: PreTrainedModel, cache: TurboQuantCache, ids: torch.Tensor) -> None:
-    """Run ids [1, length] into the cache."""
-    # Logits of a whole prompt can be larger than the model; nobody reads them.
-    fewer_logits = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    model(input_ids=ids, past_key_values=cache, use_cache=True, **fewer_logits)
+    obstacle = kept.decode_loop.refusal(model, cache, request.sampling.config)
+    if obstacle is None:
+        decoding = kept.decode_loop.run(model, cache, prompt, request.sampling, reader.read)
+    else:
+        kept.decode_loop.release(cache)
+        packed = cache.window_start(prompt.shape[1] - 1)
+        if packed > cached_tokens:
+            prefill(model, cache, prompt[:, cached_tokens:packed], packed - cached_tokens)
+        if request.is_cancelled():
+            reader.end = "cancelled"
+            return ""
+        decoding = f"eager: {obstacle}"
+        # Given all ids and a mask of the same length, `generate` itself leaves out what the cache holds.
+        model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            past_key_values=cache,
+            generation_config=request.sampling.config,
+            logits_processor=request.sampling.processors,
+            stopping_criteria=StoppingCriteriaList([reader]),
+        )
+    if decoding.startswith("eager") and model.device.type == "cuda":
+        log_once(f"{model.config.model_type}: tokens are decoded without a CUDA graph: {decoding}")
+    return decoding
 
 
 def _reply(
@@ -147,6 +150,7 @@ def _reply(
     usage: Usage,
     token_ids: tuple[int, ...],
     cache: TurboQuantCache | None,
+    decoding: str,
 ) -> ChatReply:
     metrics = collect_metrics(
         request.stopwatch,
@@ -156,6 +160,7 @@ def _reply(
         device=loaded.device,
         dtype=loaded.model.dtype,
         peak_device_memory=peak_memory(loaded.device),
+        decoding=decoding,
     )
     parser = request.parser
     return ChatReply(

@@ -72,6 +72,7 @@ def collect_metrics(
     device: torch.device,
     dtype: torch.dtype,
     peak_device_memory: int | None,
+    decoding: str,
 ) -> GenerationMetrics:
     """Put the figures of one generation together; without a cache (nothing ran) its figures are 0."""
     return GenerationMetrics(
@@ -89,6 +90,7 @@ def collect_metrics(
         attention=dict(cache.stats.attention) if cache is not None else {},
         materialized=cache.stats.materialized if cache is not None else 0,
         bypassed_layers=dict(cache.bypassed) if cache is not None else {},
+        decoding=decoding,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         kv_cache=kv_cache.to_dict(),

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from turboquant_local.cache import TurboQuantCache
 from turboquant_local.cache.cache import SKIPPED
 from turboquant_local.config import AUTO, TurboQuantConfig
+from turboquant_local.engine.decode_loop import DecodeLoop
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ class PromptCache:
         self.explanation = ""
         self.cache: TurboQuantCache | None = None
         self.ids: list[int] = []
+        self.decode_loop = DecodeLoop()
 
     def prepare(self, model: PreTrainedModel, prompt_ids: Sequence[int]) -> tuple[TurboQuantCache, int]:
         """Keep what the cache shares with a prompt and drop the rest.
@@ -58,6 +60,7 @@ class PromptCache:
     def drop(self) -> None:
         """Forget the cache. Also the answer to an error inside a forward pass, which leaves layers uneven."""
         self.cache, self.ids = None, []
+        self.decode_loop.release()
 
     def vram_bytes(self) -> int:
         """Bytes that the kept cache holds."""
@@ -68,12 +71,13 @@ class PromptCache:
         # Layers that the settings themselves skip are no surprise.
         layers = {layer: reason for layer, reason in kept.bypassed.items() if reason != SKIPPED}
         if layers:
-            _log_once(
+            log_once(
                 f"{model.config.model_type}: {len(layers)} of {len(kept.layers)} layers keep an uncompressed cache: "
                 + ", ".join(f"{layer} ({reason})" for layer, reason in layers.items())
             )
 
 
 @cache
-def _log_once(message: str) -> None:
+def log_once(message: str) -> None:
+    """Warn of something that would come with every reply."""
     logger.warning(message)

@@ -169,13 +169,15 @@ class GenerationMetrics:
         completion_tokens: Generated tokens.
         cached_tokens: Prompt tokens that were already in the KV cache.
         cache_tokens: Tokens the KV cache holds at the end.
-        vram_bytes: All tensors the KV cache keeps alive at the end.
+        vram_bytes: All tensors the KV cache keeps alive at the end; with a CUDA graph, room for more tokens included.
         uncompressed_bytes: What transformers' own cache would hold for the same tokens.
         compression_ratio: uncompressed_bytes / vram_bytes.
         peak_device_memory: Highest memory allocated on the accelerator during the call; None on a CPU.
         attention: Attention paths that ran, such as "sdpa" or "reference", with how many calls each.
         materialized: How often a layer's keys or values had to be decompressed as a whole; 0 is right.
         bypassed_layers: Layers left uncompressed, with the reason: {"3": "sliding window"}.
+        decoding: How tokens after the first were made: "cuda graph"; "eager: " and the reason why not; "static", the
+            graph's step run as it is; "" if there were none.
         device: Where the model ran.
         dtype: Its dtype.
         kv_cache: The settings of the cache.
@@ -195,6 +197,7 @@ class GenerationMetrics:
     attention: dict[str, int]
     materialized: int
     bypassed_layers: dict[str, str]
+    decoding: str
     device: str
     dtype: str
     kv_cache: dict[str, str | int | bool]

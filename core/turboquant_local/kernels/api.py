@@ -18,6 +18,7 @@ from turboquant_local.kernels import reference
 from turboquant_local.kernels.layout import KVView, PackedKV
 
 _NOTHING = HeadStatistics()
+_FEW_QUERIES = 8
 
 
 def choose(query: torch.Tensor, keys: KVView, values: KVView, impl: str = "auto") -> str:
@@ -43,11 +44,16 @@ def choose(query: torch.Tensor, keys: KVView, values: KVView, impl: str = "auto"
 
 
 def _refusal(query: torch.Tensor, keys: KVView, values: KVView) -> str | None:
-    decode = _triton("decode_attention")
-    if isinstance(decode, str):
-        return decode
-    reason: str | None = decode.refusal(query, keys, values)
+    module = _triton(_operation(query))
+    if isinstance(module, str):
+        return module
+    reason: str | None = module.refusal(query, keys, values)
     return reason
+
+
+def _operation(query: torch.Tensor) -> str:
+    """Which of the two attentions in Triton is made for so many query tokens."""
+    return "decode_attention" if query.shape[2] <= _FEW_QUERIES else "prefix_attention"
 
 
 @lru_cache(maxsize=8)
@@ -177,7 +183,8 @@ def attention(
 
     Args:
         query: `[batch, num_q_heads, q_length, head_dim]`; num_q_heads is a multiple of num_kv_heads.
-        keys: Keys of kv_length tokens, oldest first.
+        keys: Keys of kv_length tokens, oldest first; with `lengths`, kv_length is their sum, and shapes say how many
+            there may be at most.
         values: Their values.
         mask: `[batch or 1, num_q_heads or 1, q_length or 1, kv_length or more]`: bool (True: visible) or float,
             added to the scores.
@@ -208,9 +215,11 @@ def attention(
         raise CacheError(f"mask {tuple(mask.shape)}: expected 4 dimensions, the last of {keys.shape[2]} keys or more")
     if [part.length for part in keys.packed] != [part.length for part in values.packed]:
         raise CacheError("keys.packed, values.packed: expected parts of equal lengths; pack both sides together")
+    if (keys.lengths is None) != (values.lengths is None):
+        raise CacheError("keys.lengths, values.lengths: expected both or none; they say what both sides have in use")
     if any(part.mean is not None for part in values.packed):
         raise CacheError("values.packed: only keys can be centred; quantize the values without a mean")
-    module = reference if choose(query, keys, values, impl) == "reference" else _triton("decode_attention")
+    module = reference if choose(query, keys, values, impl) == "reference" else _triton(_operation(query))
     out: torch.Tensor = module.attention(
         query,
         keys,

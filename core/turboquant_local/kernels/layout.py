@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -98,6 +98,20 @@ class KVView:
         """`(batch, num_kv_heads, tokens, head_dim)` of the whole."""
         batch, heads, _, head_dim = self.recent.shape
         return batch, heads, self.sinks.shape[2] + self.packed_length + self.recent.shape[2], head_dim
+
+    def in_use(self) -> KVView:
+        """A view of the tokens in use, without `lengths`, which are read on the host: that waits for the device."""
+        if self.lengths is None:
+            return self
+        sinks, far, near, recent = self.lengths.tolist()
+        return replace(
+            self,
+            sinks=self.sinks[:, :, :sinks],
+            far=self.far.tokens(0, far) if self.far and far else None,
+            near=self.near.tokens(0, near) if self.near and near else None,
+            recent=self.recent[:, :, :recent],
+            lengths=None,
+        )
 
 
 def vector_bytes(quantizer: Quantizer, dtype: torch.dtype) -> int:

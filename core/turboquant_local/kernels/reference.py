@@ -13,8 +13,8 @@ from turboquant_local.codec.quantizer import Quantizer
 from turboquant_local.codec.statistics import HeadStatistics
 from turboquant_local.kernels.layout import KVView, PackedKV, store_scales
 
-_TILE_ELEMENTS = 2**17
-"""Most float32 elements of a tile of keys, values or scores (0.5 MiB): small beside the cache, and no slower."""
+_TILE_ELEMENTS = {"cpu": 2**17, "cuda": 2**23}
+"""Most float32 elements of a tile of keys, values or scores: small beside the cache, and no slower than larger ones."""
 
 _QUANTIZE_TOKENS = 4096
 """Tokens quantised at once; bounds the float32 copies during prefill."""
@@ -58,7 +58,7 @@ def dequantize_kv(packed: PackedKV, dtype: torch.dtype) -> torch.Tensor:
     """See `kernels.api.dequantize_kv`."""
     batch, heads, tokens = packed.codes.shape[:3]
     out = torch.empty(batch, heads, tokens, packed.quantizer.head_dim, dtype=dtype, device=packed.codes.device)
-    step = _tile_length(batch * heads * packed.quantizer.head_dim)
+    step = _tile_length(batch * heads * packed.quantizer.head_dim, out.device)
     for start, stop in _tiles(tokens, step):
         x = packed.quantizer.unrotate(_rotated(packed.tokens(start, stop)))
         out[:, :, start:stop] = x if packed.mean is None else x + packed.mean.float()
@@ -77,12 +77,13 @@ def attention(
     sink_logits: torch.Tensor | None,
 ) -> torch.Tensor:
     """See `kernels.api.attention`."""
+    keys, values = keys.in_use(), values.in_use()
     batch, q_heads, q_length, _ = query.shape
     _, kv_heads, kv_length, v_dim = values.shape
     group = q_heads // kv_heads
     rows = query.float().reshape(batch, kv_heads, group * q_length, -1)  # a KV head's queries, [group, q_length]
     softmax = _OnlineSoftmax(sink_logits, rows, v_dim, group, q_length)
-    step = _tile_length(batch * max(kv_heads * max(rows.shape[-1], v_dim), q_heads * q_length))
+    step = _tile_length(batch * max(kv_heads * max(rows.shape[-1], v_dim), q_heads * q_length), query.device)
 
     def add(scores: torch.Tensor, start: int, tile: torch.Tensor, scales: torch.Tensor | None, rotated: bool) -> None:
         scores = scores * scaling
@@ -180,8 +181,8 @@ def _masked(
     return scores
 
 
-def _tile_length(elements_per_token: int) -> int:
-    return max(32, _TILE_ELEMENTS // elements_per_token)
+def _tile_length(elements_per_token: int, device: torch.device) -> int:
+    return max(32, _TILE_ELEMENTS.get(device.type, 2**17) // elements_per_token)
 
 
 def _tiles(length: int, step: int) -> Iterator[tuple[int, int]]:

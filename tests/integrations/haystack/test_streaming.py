@@ -44,6 +44,7 @@ METRICS = GenerationMetrics(
     attention={"reference": 8},
     materialized=0,
     bypassed_layers={"3": "sliding window"},
+    decoding="cuda graph",
     device="cpu",
     dtype="bfloat16",
     kv_cache={"preset": "balanced"},

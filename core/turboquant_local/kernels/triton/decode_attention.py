@@ -41,10 +41,15 @@ class Launch:
 
 def refusal(query: torch.Tensor, keys: KVView, values: KVView) -> str | None:
     """Why this call is not served, or None."""
-    if not keys.packed:
-        return "nothing is packed"
     if not 1 <= query.shape[2] <= MAX_Q_LENGTH:
         return f"q_length={query.shape[2]}: it serves 1 to {MAX_Q_LENGTH} query tokens"
+    return unserved_operands(query, keys, values)
+
+
+def unserved_operands(query: torch.Tensor, keys: KVView, values: KVView) -> str | None:
+    """Why no attention over packed tokens serves them, or None."""
+    if not keys.packed:
+        return "nothing is packed"
     reason = unserved(query.device)
     if reason is not None:
         return reason
@@ -103,12 +108,12 @@ def attention(
     lse = query.new_empty(pairs * chunks * shares, most_rows, dtype=torch.float32)
     result = torch.empty(batch, q_heads, q_length, v_dim, dtype=query.dtype, device=query.device)
 
-    mask_kind, mask, mask_strides = _mask(query, mask)
+    mask_kind, mask, mask_strides = mask_operand(query, mask)
     far, far_strides, far_kind = _operands(keys.far, values.far)
     near, near_strides, near_kind = _operands(keys.near, values.near)
     k_part, v_part = keys.packed[0], values.packed[0]  # all parts of a side share mean and rotation
-    k_rotation, k_terms = _rotation(k_part, fast)
-    v_rotation, v_terms = _rotation(v_part, fast)
+    k_rotation, k_terms = rotation_terms(k_part, fast)
+    v_rotation, v_terms = rotation_terms(v_part, fast)
     attend[(pairs, apart + sharing, chunks)](
         query, k_rotation, query if k_part.mean is None else k_part.mean.contiguous(),
         tuple(x.contiguous() for x in (keys.sinks, keys.recent, values.sinks, values.recent)),
@@ -183,7 +188,7 @@ def _side(packed: PackedKV) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, t
     return codes, scales, unit, packed.quantizer.constants(codes.device)[1], layout
 
 
-def _rotation(packed: PackedKV, fast: bool) -> tuple[torch.Tensor, int]:
+def rotation_terms(packed: PackedKV, fast: bool) -> tuple[torch.Tensor, int]:
     """The rotation as its terms, and how many there are; codes stand in for that of the identity codec."""
     if not isinstance(packed.quantizer, MSEQuantizer):
         return packed.codes, 1
@@ -207,7 +212,7 @@ def _in_words(scales: torch.Tensor) -> bool:
     return not any(size % (4 // scales.element_size()) for size in sizes)
 
 
-def _mask(query: torch.Tensor, mask: torch.Tensor | None) -> tuple[str, torch.Tensor, tuple[int, ...]]:
+def mask_operand(query: torch.Tensor, mask: torch.Tensor | None) -> tuple[str, torch.Tensor, tuple[int, ...]]:
     """Kind, tensor and strides of a mask; a stride of 0 repeats it."""
     if mask is None:
         return "none", query, (0, 0, 0, 0)

@@ -110,7 +110,8 @@ def quantize_kv(
     matrix, factor = _matrix(quantizer, x.dtype, x.device)
     padded = triton.next_power_of_2(head_dim)
     block = padded if matrix.dtype == x.dtype != torch.float32 and padded <= 128 else 32
-    launch = launch or (Launch() if block == padded else Launch(tile=32, programs=2, stages=1))
+    if launch is None:  # what refines its levels takes twice the registers
+        launch = Launch(tile=64 if block == padded else 32, programs=3 if packed.scale_unit is None else 2)
     pairs = batch * heads
     each = max(1, launch.programs * multiprocessors(x.device) // pairs)
     quantize_tiles[(pairs, min(each, triton.cdiv(tokens, launch.tile)))](
