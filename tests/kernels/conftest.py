@@ -21,7 +21,9 @@ class Case:
     @staticmethod
     def view(x: torch.Tensor, bits: int, keys: bool = False, codebook: CodebookName = "grid") -> KVView:
         """Sinks, far and near tokens and window of what was appended to an empty cache."""
-        config = TurboQuantConfig(sink_length=3, residual_length=20, near_length=32, codebook=codebook)
+        config = TurboQuantConfig(
+            sink_length=3, residual_length=20, near_length=32, codebook=codebook, error_feedback=codebook == "grid"
+        )
         whole = storage.append(storage.empty(x), x)
         return storage.settle(whole, config, make_codec(config, x.shape[-1], bits, keys))
 

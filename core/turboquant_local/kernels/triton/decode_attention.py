@@ -117,10 +117,11 @@ def attention(
     attend[(pairs, apart + sharing, chunks)](
         query, k_rotation, query if k_part.mean is None else k_part.mean.contiguous(),
         tuple(x.contiguous() for x in (keys.sinks, keys.recent, values.sinks, values.recent)),
-        far or near, far_strides or near_strides, near or far, near_strides or far_strides, mask, mask_strides,
-        query if keys.lengths is None else keys.lengths, out, lse, counters(query.device, pairs * chunks),
+        far or near, near or far, mask, query if keys.lengths is None else keys.lengths,
+        out, lse, counters(query.device, pairs * chunks),
         query if sink_logits is None else sink_logits, v_rotation, result,
-        (keys.sinks.shape[2], *(part.length if part else 0 for part in (keys.far, keys.near)), keys.recent.shape[2]),
+        *(far_strides or near_strides), *(near_strides or far_strides), *mask_strides,
+        keys.sinks.shape[2], *(part.length if part else 0 for part in (keys.far, keys.near)), keys.recent.shape[2],
         near_shares, apart, scaling if softcap is not None else scaling * 1.4426950408889634, softcap or 0.0,
         KV_HEADS=kv_heads, GROUP=group, Q_LENGTH=q_length, ROWS=rows_at_once, NR=most_rows,
         KD=k_dim, KDP=k_padded, VD=v_dim, VDP=v_padded,
@@ -145,13 +146,14 @@ def _with_others(tiles: int, others: int, programs: int) -> int:
 def _launch(query: torch.Tensor, keys: KVView, values: KVView) -> Launch:
     """A choice that fits registers and shared memory; measured in benchmarks/NOTES.md."""
     far = keys.far.length * keys.shape[0] * keys.shape[1] if keys.far else 0
-    waves = 1 if far < 1024 * multiprocessors(query.device) else 2
+    each = far / multiprocessors(query.device)
+    waves = 1.5 if each < 225 else 1 if each < 970 else 2
     quantizers = [part.quantizer for part in (*keys.packed, *values.packed)]
     if query.dtype == torch.float32 or any(isinstance(x, MSEQuantizer) and x.codebook != "grid" for x in quantizers):
         return Launch(stages=1, waves=waves)
     if max(x.head_dim for x in quantizers) > 128 or max(x.bits for x in quantizers) > 8:
         return Launch(stages=2, waves=waves)
-    return Launch(waves=waves)
+    return Launch(waves=waves) if each < 11_000 else Launch(waves=3, registers=168)
 
 
 Kind = tuple[int, bool, str, int, bool, str]

@@ -192,10 +192,20 @@ def _step(table, BITS: tl.constexpr):
     return (tl.load(table + (2**BITS - 1)) - tl.load(table)) / (2**BITS - 1)
 
 
-@triton.jit(do_not_specialize=["sizes", "far_strides", "near_strides", "mask_strides", "near_shares", "apart"])
+STRIDES = ("k_b", "k_h", "k_scales_b", "k_scales_h", "v_b", "v_h", "v_scales_b", "v_scales_h")
+NUMBERS = (
+    *("far_" + name for name in STRIDES), *("near_" + name for name in STRIDES), "mask_b", "mask_h", "mask_q", "mask_k",
+    "sinks", "far_length", "near_length", "recent", "near_shares", "apart",
+)  # fmt: skip
+"""Arguments of `attend` of which no value is special, or it would be compiled anew as tokens grow; so no tuples."""
+
+
+@triton.jit(do_not_specialize=NUMBERS)
 def attend(
-    q, k_rotation, mean, plain, far, far_strides, near, near_strides, mask, mask_strides,
-    lengths, out, lse, done, sink_logits, v_rotation, result, sizes, near_shares, apart, factor, softcap,
+    q, k_rotation, mean, plain, far, near, mask, lengths, out, lse, done, sink_logits, v_rotation, result,
+    far_k_b, far_k_h, far_k_scales_b, far_k_scales_h, far_v_b, far_v_h, far_v_scales_b, far_v_scales_h,
+    near_k_b, near_k_h, near_k_scales_b, near_k_scales_h, near_v_b, near_v_h, near_v_scales_b, near_v_scales_h,
+    mask_b, mask_h, mask_q, mask_k, sinks, far_length, near_length, recent, near_shares, apart, factor, softcap,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, Q_LENGTH: tl.constexpr, ROWS: tl.constexpr, NR: tl.constexpr,
     KD: tl.constexpr, KDP: tl.constexpr, VD: tl.constexpr, VDP: tl.constexpr,
     FAR: tl.constexpr, NEAR: tl.constexpr, MEAN: tl.constexpr, LENGTHS: tl.constexpr,
@@ -211,11 +221,11 @@ def attend(
     far tokens as well, fewer than the other programs do. A share without tokens gives -inf. The program that is done
     last merges all shares of its queries; `done` counts, 0 before and after.
 
-    Arguments as in `decode_attention.attention`. `plain` are keys and values of sinks and window; a part is codes,
-    scales, units and table of keys, and the same of values, with strides of codes and scales over batch and heads; FAR
-    and NEAR are bits, whether the codebook is a grid, and how scales are read, of keys and of values, or None if there
-    is no such part. `sizes` are the tokens in use of sinks, far, near and recent, and `lengths` the same on the
-    device, read instead with LENGTHS: then `sizes` are capacities.
+    Arguments as in `decode_attention.attention`. `plain` are keys and values of sinks and window; `far` and `near` are
+    codes, scales, units and table of keys, and the same of values; strides are those of codes (in vectors) and scales
+    over batch and heads. FAR and NEAR are bits, whether the codebook is a grid, and how scales are read, of keys and of
+    values, or None if there is no such part. `lengths` are the tokens in use of sinks, far, near and recent on the
+    device, read with LENGTHS: then the numbers of that name are capacities.
     `out` is `[batch * KV_HEADS, chunks, shares, VDP, NR]`, but for the first share in the space and the order of the
     far values' codes, or of the near ones if there are no far ones; `lse` is the same without VDP.
     """
@@ -223,8 +233,6 @@ def attend(
     batch = pair // KV_HEADS
     kv_head = pair % KV_HEADS
     k_sinks, k_recent, v_sinks, v_recent = plain
-    mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k = mask_strides
-    sinks, far_length, near_length, recent = sizes
     k_sinks += pair * sinks * KD
     v_sinks += pair * sinks * VD
     k_recent += pair * recent * KD
@@ -240,7 +248,7 @@ def attend(
     row = pair * (GROUP * Q_LENGTH) + tl.where(valid, in_group, 0)
     token = tl.where(valid, in_group, 0) % Q_LENGTH
     head = kv_head * GROUP + tl.where(valid, in_group, 0) // Q_LENGTH
-    mask += batch * mask_stride_b
+    mask += batch * mask_b
     program = tl.program_id(1)
     others = 1 + near_shares
     sharing = tl.num_programs(1) - apart  # programs with far tokens
@@ -253,21 +261,25 @@ def attend(
         _sinks_and_recent(
             q, k_sinks, k_recent, v_sinks, v_recent, mask,
             row, valid, head, token, sinks, recent, kv_length, factor, softcap,
-            mask_stride_h, mask_stride_q, mask_stride_k, out, lse,
+            mask_h, mask_q, mask_k, out, lse,
             KD, KDP, VD, VDP, NR, Q_LENGTH, MASK, CAUSAL, SOFTCAP, W, BN,
         )  # fmt: skip
     if NEAR is not None and program > 0 and program < others:
+        strides = (
+            near_k_b, near_k_h, near_k_scales_b, near_k_scales_h, near_v_b, near_v_h, near_v_scales_b, near_v_scales_h
+        )  # fmt: skip
         tiles = tl.cdiv(tl.cdiv(near_length, W * BN), near_shares) * (W * BN)
         first = (program - 1) * tiles
         _packed(
-            q, k_rotation, mean, near, near_strides, mask,
+            q, k_rotation, mean, near, strides, mask,
             pair, batch, kv_head, row, valid, head, token, first, tl.minimum(first + tiles, near_length),
-            near_length, sinks + far_length, kv_length, factor, softcap, mask_stride_h, mask_stride_q, mask_stride_k,
+            near_length, sinks + far_length, kv_length, factor, softcap, mask_h, mask_q, mask_k,
             out + program * (VDP * NR), lse + program * NR,
             KD, KDP, VD, VDP, NR, Q_LENGTH, NEAR, ORDER, MEAN, MASK, CAUSAL, SOFTCAP, W, BN, 1, FAST,
             K_TERMS, Q_TERMS, COLUMNS,
         )  # fmt: skip
     if FAR is not None and program >= apart:
+        strides = far_k_b, far_k_h, far_k_scales_b, far_k_scales_h, far_v_b, far_v_h, far_v_scales_b, far_v_scales_h
         share = program - apart
         loaded = others - apart
         most = tl.cdiv(tl.cdiv(far_length, W * BN) + loaded * OTHER_TILES, sharing)
@@ -275,9 +287,9 @@ def attend(
         first = (tl.minimum(share, loaded) * fewer + tl.maximum(share - loaded, 0) * most) * (W * BN)
         tiles = tl.where(share < loaded, fewer, most) * (W * BN)
         _packed(
-            q, k_rotation, mean, far, far_strides, mask,
+            q, k_rotation, mean, far, strides, mask,
             pair, batch, kv_head, row, valid, head, token, first, tl.minimum(first + tiles, far_length),
-            far_length, sinks, kv_length, factor, softcap, mask_stride_h, mask_stride_q, mask_stride_k,
+            far_length, sinks, kv_length, factor, softcap, mask_h, mask_q, mask_k,
             out + (others + share) * (VDP * NR), lse + (others + share) * NR,
             KD, KDP, VD, VDP, NR, Q_LENGTH, FAR, ORDER, MEAN, MASK, CAUSAL, SOFTCAP, W, BN, STAGES, FAST,
             K_TERMS, Q_TERMS, COLUMNS,

@@ -103,15 +103,18 @@ def _load(
     REAL: tl.constexpr = D // S
     WIDE: tl.constexpr = BITS * S % 16 == 0 or BITS == 6
     PITCH: tl.constexpr = D * BITS // (16 if WIDE else 8)
+    # 16 bytes a thread, which go past L1. Of planes, which share sectors, 8: L1 keeps them for the next. Six-bit codes'
+    # second plane is read as their first, or the compiler would give a thread 32 bytes of that.
+    MOST: tl.constexpr = C if BITS != 3 else (4 if WIDE else 8)
     first = codes.to(tl.pointer_type(tl.uint16), bitcast=True) if WIDE else codes
-    x = _load_plane(first, left, PITCH, REAL, C, C, W, R, FULL)
+    x = _load_plane(first, left, PITCH, REAL, C, MOST, W, R, FULL)
     y = x
     z = x
-    if BITS == 6:  # 8 bytes a thread as of the first plane: with 16, the compiler would read 32 of that at a time
+    if BITS == 6:
         y = _load_plane(codes + D // 2, left, D * BITS // 8, REAL, C, 8, W, R, FULL)
     if BITS == 3:
-        y = _load_plane(first + REAL, left, PITCH, REAL, C, C, W, R, FULL)
-        z = _load_plane(first + 2 * REAL, left, PITCH, REAL, C, C, W, R, FULL)
+        y = _load_plane(first + REAL, left, PITCH, REAL, C, MOST, W, R, FULL)
+        z = _load_plane(first + 2 * REAL, left, PITCH, REAL, C, MOST, W, R, FULL)
     return x, y, z
 
 
