@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from gpu import buffers, graph_times, machine, spread, write_rows
+from gpu import buffers, copy_bandwidth, graph_times, machine, spread, write_rows
 
 from turboquant_local.codec.quantizer import MSEQuantizer
 from turboquant_local.codec.statistics import HeadStatistics, head_statistics
@@ -33,13 +33,6 @@ POINTS = (
 def quantizer_of(bits: int) -> MSEQuantizer:
     """The codec of the presets."""
     return MSEQuantizer(HEAD_DIM, bits, scale_bits=8 if bits <= 4 else 16, codebook="grid")
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written a microsecond by a kernel that copies 2 GiB (a graph's own copy is slower)."""
-    source = torch.empty(2**30, dtype=torch.bfloat16, device="cuda").normal_()
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / spread(graph_times([partial(torch.mul, source, 1, out=target)]))[1]
 
 
 def main() -> None:
