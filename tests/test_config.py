@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import pytest
 
@@ -20,6 +21,14 @@ def test_fields_override_the_preset() -> None:
     assert TurboQuantConfig.parse() == TurboQuantConfig(preset="balanced")
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.k_bits = 2  # type: ignore[misc]
+
+
+def test_bits_of_single_layers_survive_json() -> None:
+    config = TurboQuantConfig.parse({"preset": "compact", "layer_bits": {7: (6, 4), 2: [2, 2]}})
+    assert TurboQuantConfig.parse(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.of_layer(7) == TurboQuantConfig(preset="compact", k_bits=6, v_bits=4)
+    assert config.of_layer(0) == TurboQuantConfig(preset="compact")
+    assert "layer_bits" not in TurboQuantConfig().to_dict()
 
 
 def test_scale_is_unbiased_unless_the_paper_is_asked_for() -> None:
@@ -47,6 +56,17 @@ def test_scale_is_unbiased_unless_the_paper_is_asked_for() -> None:
         ({"near_bits": 16}, "near_bits=16: expected one of 1, 2, 3, 4, 6, 8$"),
         ({"scale_bits": 4}, "scale_bits=4: expected one of 8, 16"),
         (7, "kv_cache=7: expected a preset's name, a dict of fields"),
+        (
+            {"layer_bits": {0: (5, 4)}},
+            r"layer_bits=\{0: \(5, 4\)\}: expected layers, .* as in \{5: \(6, 4\)\}",
+        ),
+        ({"layer_bits": {0: 4}}, "layer_bits="),
+        ({"layer_bits": {"first": (4, 4)}}, "layer_bits="),
+        ({"layer_bits": {-1: (4, 4)}}, "layer_bits="),
+        ({"layer_bits": {0: (16, 4)}}, "layer_bits="),
+        ({"layer_bits": {0: (4, 4), "0": (3, 3)}}, "layer_bits="),
+        ({"layer_bits": [4]}, "layer_bits="),
+        ({"preset": "identity", "layer_bits": {0: (4, 4)}}, "layer_bits=.*give one of these fewer bits"),
     ],
 )
 def test_bad_settings_are_named(settings: object, message: str) -> None:

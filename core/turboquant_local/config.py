@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Final, Literal, cast
@@ -13,6 +13,9 @@ from turboquant_local.errors import ConfigError
 Rotation = Literal["auto", "hadamard", "dense"]
 Scale = Literal["unbiased", "least_error", "norm"]
 CodebookName = Literal["grid", "lloyd_max"]
+
+LayerBits = tuple[tuple[int, int, int], ...]
+"""Layer, bits of its keys, bits of its values; by layer."""
 
 BITS: Final = (1, 2, 3, 4, 6, 8, 16)
 """Bits a coordinate can be stored in; 16 keeps the model's own dtype (the identity codec)."""
@@ -47,6 +50,7 @@ _DEFAULTS: Final[dict[str, object]] = {
     "error_feedback": True,
     "skip_first_layers": 0,
     "skip_last_layers": 0,
+    "layer_bits": (),
     "seed": 0,
 }
 
@@ -120,6 +124,9 @@ class TurboQuantConfig:
             bytes, and nothing when they are read.
         skip_first_layers: Attention layers at the start that are left uncompressed.
         skip_last_layers: The same at the end.
+        layer_bits: `{layer: (k_bits, v_bits)}`, layers counted from 0: what single layers have instead of `k_bits`
+            and `v_bits`. Few layers make most of the loss; `turboquant-local tune` finds them for a model. Kept as
+            `((layer, k_bits, v_bits), ...)`.
         seed: Seed of the rotation.
 
     Raises:
@@ -141,6 +148,7 @@ class TurboQuantConfig:
     error_feedback: bool = _FROM_PRESET
     skip_first_layers: int = _FROM_PRESET
     skip_last_layers: int = _FROM_PRESET
+    layer_bits: LayerBits = _FROM_PRESET
     seed: int = _FROM_PRESET
 
     def __post_init__(self) -> None:
@@ -172,6 +180,12 @@ class TurboQuantConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ConfigError(f"{name}={value!r}: expected an integer of 0 or more")
+        object.__setattr__(self, "layer_bits", _layer_bits(self.layer_bits))
+        if self.layer_bits and self.k_bits == self.v_bits == 16:
+            raise ConfigError(
+                f"layer_bits={dict(_by_layer(self.layer_bits))}: with k_bits=16 and v_bits=16 nothing is packed in the "
+                "other layers; give one of these fewer bits"
+            )
         for name in ("center_keys", "error_feedback"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected True or False")
@@ -203,9 +217,18 @@ class TurboQuantConfig:
             )
         return cls(**_known({**(value or {}), **fields}))
 
-    def to_dict(self) -> dict[str, str | int | bool]:
+    def to_dict(self) -> dict[str, Any]:
         """All fields as plain values, without those that "auto" leaves open; `parse` reads them back."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        by_layer = dict(_by_layer(fields.pop("layer_bits", ())))
+        return {**fields, "layer_bits": by_layer} if by_layer else fields
+
+    def of_layer(self, layer: int) -> TurboQuantConfig:
+        """The settings of one layer."""
+        for index, k_bits, v_bits in self.layer_bits:
+            if index == layer:
+                return dataclasses.replace(self, k_bits=k_bits, v_bits=v_bits, layer_bits=())
+        return dataclasses.replace(self, layer_bits=()) if self.layer_bits else self
 
     @property
     def block_length(self) -> int:
@@ -229,6 +252,33 @@ class TurboQuantConfig:
     def far_length(self, length: int) -> int:
         """How many of the packed tokens are at `k_bits` and `v_bits`; the rest are at `near_bits`."""
         return max(0, self.packed_length(length) - self.near_length)
+
+
+def _by_layer(layer_bits: LayerBits) -> Iterator[tuple[str, list[int]]]:
+    """As JSON has it, whose keys are strings."""
+    return ((str(layer), [k_bits, v_bits]) for layer, k_bits, v_bits in layer_bits)
+
+
+def _layer_bits(value: object) -> LayerBits:
+    """Check and sort what a user may write, a mapping, or what a config holds."""
+    error = ConfigError(
+        f"layer_bits={value!r}: expected layers, counted from 0, and for each its k_bits and v_bits, of "
+        f"{', '.join(map(str, BITS[:-1]))}; as in {{5: (6, 4)}}"
+    )
+    if isinstance(value, Mapping):
+        try:
+            value = tuple((int(layer), *bits) for layer, bits in value.items())
+        except (TypeError, ValueError):
+            raise error from None
+    if not isinstance(value, tuple):
+        raise error
+    for entry in value:
+        plain = isinstance(entry, tuple) and all(type(number) is int for number in entry)
+        if not plain or len(entry) != 3 or entry[0] < 0 or not set(entry[1:]) <= set(BITS[:-1]):
+            raise error
+    if len({entry[0] for entry in value}) < len(value):
+        raise error
+    return tuple(sorted(value))
 
 
 def _known(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -217,6 +217,15 @@ def test_prediction_is_the_live_figure(
         assert predicted == cache.vram_bytes() == reachable_bytes(cache), f"{tokens} tokens"
 
 
+def test_prediction_with_bits_of_single_layers() -> None:
+    config, settings = model_of("llama").config, {**SMALL, "layer_bits": {0: (6, 2), 2: (3, 3)}}
+    cache = TurboQuantCache(config, settings)
+    fill(config, cache, 299, 1, batch_size=2, dtype=torch.bfloat16)
+    packed = [layer._k.far.quantizer.bits for layer in cache.layers]  # type: ignore[union-attr]
+    assert packed[:3] == [6, cache.kv_cache.k_bits, 3]
+    assert predict_bytes(config, settings, 300, batch_size=2) == cache.vram_bytes() == reachable_bytes(cache)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_prediction_for_no_tokens(name: str) -> None:
     config = model_of(name).config

@@ -26,6 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "paper": {"preset": "paper"},
     "keys of 8 bits": {"k_bits": 8, "near_length": 64, "residual_length": 48},
     "nothing near": {"k_bits": 3, "v_bits": 2, "near_length": 0, "sink_length": 0, "residual_length": 8},
+    "bits by layer": {"layer_bits": {1: (6, 2)}},
     "small": {"sink_length": 2, "residual_length": 8, "near_length": 16},
 }
 MODULE = torch.nn.Identity()

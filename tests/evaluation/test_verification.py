@@ -46,6 +46,13 @@ def test_predictions_are_checked_and_the_loudest_layer_is_named() -> None:
     assert {check.layer for check in found.checks if not check.passed} == {loudest.layer}
 
 
+def test_layers_of_few_bits_are_held_to_what_these_promise() -> None:
+    found = run("llama", layer_bits={1: (2, 3)}, near_length=0)
+    assert found.passed, found.checks
+    cosines = [layer.key_cosine or 0 for layer in found.layers]
+    assert cosines[1] < 0.95 < 0.99 < cosines[0]
+
+
 def test_auto_becomes_what_suits_the_model() -> None:
     assert run("qwen2", preset="auto").kv_cache == TurboQuantConfig(preset="turboquant_k8v4")
     assert run("llama", preset="auto", v_bits=3).kv_cache == TurboQuantConfig(v_bits=3)

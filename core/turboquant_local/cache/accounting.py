@@ -141,13 +141,11 @@ def predict_bytes(
     heads, head_dim = shape
     if not tokens:
         return storage_bytes(live_tensors([vars(layer) for layer in cache.layers]))
-    total, constants = 0, 0
+    total = 0
+    quantizers: list[Quantizer] = []
     plain = head_dim * dtype.itemsize
     far = config.far_length(tokens)
     near = config.packed_length(tokens) - far
-    codecs = [
-        make_codec(config, head_dim, bits, keys) for bits, keys in ((config.k_bits, True), (config.v_bits, False))
-    ]
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, LinearAttentionCacheLayerMixin) or not isinstance(layer, DynamicLayer):
             raise ConfigError(
@@ -155,6 +153,8 @@ def predict_bytes(
                 "run the model and read vram_bytes()"
             )
         if isinstance(layer, CompressedLayer):
+            own = layer.kv_cache
+            codecs = [make_codec(own, head_dim, own.k_bits, True), make_codec(own, head_dim, own.v_bits, False)]
             for codec in codecs:
                 vectors = far * vector_bytes(codec.far, dtype) + near * vector_bytes(codec.near, dtype)
                 vectors += (tokens - far - near) * plain
@@ -162,9 +162,7 @@ def predict_bytes(
                     sample = torch.zeros(1, 1, 1, head_dim, dtype=dtype)
                     vectors += storage_bytes(live_tensors(codec.statistics(sample)))
                 total += batch_size * heads * vectors
-            constants = _constant_bytes(
-                [codec.far for codec in codecs if far] + [codec.near for codec in codecs if near]
-            )
+            quantizers += [codec.far for codec in codecs if far] + [codec.near for codec in codecs if near]
         elif isinstance(layer, DynamicSlidingWindowLayer):
             kept = min(tokens, layer.sliding_window)
             total += 2 * batch_size * heads * kept * plain + layer._sliding_window_tensor.nbytes
@@ -174,7 +172,7 @@ def predict_bytes(
             )
         else:
             total += 2 * batch_size * heads * tokens * plain
-    return total + constants
+    return total + _constant_bytes(quantizers)
 
 
 def _constant_bytes(quantizers: list[Quantizer]) -> int:

@@ -1,7 +1,7 @@
-"""Room for the keys or the values of all layers of a cache: where its tokens lie, and how they move on.
+"""Room for the keys or the values of layers with one codec: where their tokens lie, and how they move on.
 
-What is quantised for all layers at once gives the codes of each alone, but for a code on a boundary: products of other
-numbers of rows may round otherwise.
+What is quantised for several layers at once gives the codes of each alone, but for a code on a boundary: products of
+other numbers of rows may round otherwise.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from turboquant_local.kernels.layout import KVView, PackedKV
 
 
 class SideBuffers:
-    """The keys or the values of all layers, stacked in the batch dimension but for the far ones, which are large."""
+    """The keys or the values of some layers, stacked in the batch dimension but for the far ones, which are large."""
 
     def __init__(self, like: KVView, codec: SideCodec, layers: int, capacities: tuple[int, int, int, int]) -> None:
         """Make room.
@@ -27,7 +27,7 @@ class SideBuffers:
         Args:
             like: Gives batch, heads, head_dim, dtype and device.
             codec: The codec of this side.
-            layers: Layers of the model.
+            layers: How many layers.
             capacities: Room for sinks, far, near and recent tokens.
         """
         batch, heads, _, head_dim = like.shape

@@ -18,7 +18,7 @@ from turboquant_local.cache.auto import COMPRESSIBLE, choose, is_mla, kv_shape
 from turboquant_local.cache.handle import AttentionStats
 from turboquant_local.cache.layer import CompressedLayer, HybridLayer, PlainLayer, make_codec
 from turboquant_local.config import TurboQuantConfig
-from turboquant_local.errors import CacheError
+from turboquant_local.errors import CacheError, ConfigError
 
 SKIPPED = "skip_first_layers or skip_last_layers"
 """Reason of a layer that the settings themselves leave uncompressed."""
@@ -106,15 +106,20 @@ class TurboQuantCache(DynamicCache):
             elif index in skipped:
                 reason = SKIPPED
             if reason is None:
+                own = self.kv_cache.of_layer(index)
                 if type(layer) is DynamicLayer:
-                    layer = CompressedLayer(self.kv_cache, self.stats, self.kv_shape)
+                    layer = CompressedLayer(own, self.stats, self.kv_shape)
                 else:
-                    layer = HybridLayer(self.kv_cache, self.stats, self.kv_shape, layer.number_of_states)
+                    layer = HybridLayer(own, self.stats, self.kv_shape, layer.number_of_states)
             else:
                 bypassed[str(index)] = reason
                 if type(layer) is DynamicLayer:
                     layer = PlainLayer()  # type: ignore[no-untyped-call]
             compressed.append(layer)
+        for index, *_ in self.kv_cache.layer_bits:
+            if index >= len(compressed) or str(index) in bypassed:
+                reason = bypassed.get(str(index), f"it has {len(compressed)} layers")
+                raise ConfigError(f"layer_bits: layer {index} of this model is not compressed ({reason}); leave it out")
         return compressed, bypassed
 
     def _incompressible(self) -> str | None:

@@ -15,8 +15,12 @@ from turboquant_local.cache.buffers import SideBuffers
 from turboquant_local.cache.cache import TurboQuantCache
 from turboquant_local.cache.handle import KVHandle
 from turboquant_local.cache.layer import CompressedLayer
+from turboquant_local.cache.storage import SideCodec
 from turboquant_local.errors import CacheError
 from turboquant_local.kernels.layout import KVView
+
+Sides = tuple[SideBuffers, SideBuffers]
+"""Of keys and of values; layers with the same codecs share them."""
 
 
 def static_refusal(cache: TurboQuantCache) -> str | None:
@@ -57,10 +61,18 @@ class StaticStorage:
         capacities = (config.sink_length, far_capacity, near_capacity, self.window)
         assert first._k is not None
         assert first._v is not None
-        self._sides = (
-            SideBuffers(first._k, first._k_codec, len(layers), capacities),
-            SideBuffers(first._v, first._v_codec, len(layers), capacities),
-        )
+        alike: dict[tuple[SideCodec, SideCodec], list[int]] = {}
+        for index, layer in enumerate(layers):
+            alike.setdefault((layer._k_codec, layer._v_codec), []).append(index)
+        self._sides: list[SideBuffers] = []
+        self._places: dict[int, tuple[Sides, int]] = {}
+        for (k_codec, v_codec), indices in alike.items():
+            keys, values = (
+                SideBuffers(like, codec, len(indices), capacities)
+                for like, codec in ((first._k, k_codec), (first._v, v_codec))
+            )
+            self._sides += [keys, values]
+            self._places |= {index: ((keys, values), place) for place, index in enumerate(indices)}
 
     @property
     def length(self) -> int:
@@ -78,11 +90,12 @@ class StaticStorage:
         assert view is not None
         packed = [0 if part is None else part.length for part in (view.far, view.near)]
         for index, layer in enumerate(self._layers):
-            for side, tokens in zip(self._sides, (layer._k, layer._v), strict=True):
-                side.load(index, tokens)
+            sides, place = self._places[index]
+            for side, tokens in zip(sides, (layer._k, layer._v), strict=True):
+                side.load(place, tokens)
             # Its memory is free before the next layer takes more.
             layer._k = layer._v = layer._reserve = layer._slot = None
-            keys, values = (side.view(index, self._lengths) for side in self._sides)
+            keys, values = self._views(index)
             cache.layers[index] = StaticLayer(layer, keys, values, self, self._slot)
         self._use(view.sinks.shape[2], *packed, view.recent.shape[2])
 
@@ -92,7 +105,8 @@ class StaticStorage:
         if not first:
             self._settle(*storage.targets(self._config, self.length))
         for index, layer in enumerate(self._layers):
-            views = [side.used(index, self._in_use) for side in self._sides]
+            sides, place = self._places[index]
+            views = [side.used(place, self._in_use) for side in sides]
             if first:
                 codecs = (layer._k_codec, layer._v_codec)
                 views = [storage.settle(x, self._config, codec) for x, codec in zip(views, codecs, strict=True)]
@@ -103,8 +117,11 @@ class StaticStorage:
     def count_in(self, cache: TurboQuantCache) -> None:
         """Let a cache that these buffers are kept for count all of them as its own."""
         for index, layer in enumerate(_compressed(cache)):
-            keys, values = (side.view(index, self._lengths) for side in self._sides)
-            layer._reserve, layer._slot = (keys, values), self._slot
+            layer._reserve, layer._slot = self._views(index), self._slot
+
+    def _views(self, index: int) -> tuple[KVView, KVView]:
+        (keys, values), place = self._places[index]
+        return keys.view(place, self._lengths), values.view(place, self._lengths)
 
     @property
     def is_packed(self) -> bool:

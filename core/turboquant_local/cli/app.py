@@ -6,6 +6,7 @@ import typer
 
 from turboquant_local import __version__
 from turboquant_local.cli.compare import compare
+from turboquant_local.cli.tune import tune
 from turboquant_local.cli.verify import verify
 
 app = typer.Typer(
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 app.command()(verify)
 app.command()(compare)
+app.command()(tune)
 
 
 def _version(asked: bool) -> None:

@@ -126,7 +126,7 @@ def verify(
     thresholds = thresholds or Thresholds()
     kv_cache = choose(kv_cache, model.config).kv_cache
     codec = TurboQuantCodec(kv_cache.preset, kv_cache)
-    identity = dataclasses.replace(kv_cache, k_bits=16, v_bits=16)
+    identity = dataclasses.replace(kv_cache, k_bits=16, v_bits=16, layer_bits=())
     floor_codec = TurboQuantCodec("identity", identity)
     fidelity, floor = measure_fidelity(
         model, windows, [codec, floor_codec], context=context, chunk=chunk, on_progress=on_progress
@@ -148,12 +148,17 @@ def _check(
     layers: list[LayerFidelity],
 ) -> list[Check]:
     checks = []
-    for figure, bits in (("key_cosine", kv_cache.k_bits), ("value_cosine", kv_cache.v_bits)):
-        cosines = {layer.layer: getattr(layer, figure) for layer in layers if getattr(layer, figure) is not None}
-        if cosines:
-            worst = min(cosines, key=cosines.__getitem__)
-            least = expected_cosine(model_config, bits) if thresholds.cosine is None else thresholds.cosine
-            checks.append(Check(figure, cosines[worst], least, cosines[worst] >= least, worst))
+    for figure, side in (("key_cosine", "k_bits"), ("value_cosine", "v_bits")):
+        found = {layer.layer: getattr(layer, figure) for layer in layers if getattr(layer, figure) is not None}
+        least = {
+            layer: expected_cosine(model_config, getattr(kv_cache.of_layer(layer), side))
+            if thresholds.cosine is None
+            else thresholds.cosine
+            for layer in found
+        }
+        if found:
+            worst = min(found, key=lambda layer: found[layer] - least[layer])
+            checks.append(Check(figure, found[worst], least[worst], found[worst] >= least[worst], worst))
     errors = {layer.layer: layer.output_error for layer in layers if layer.output_error is not None}
     loudest = max(errors, key=errors.__getitem__) if errors else None
     kl, top1 = fidelity.kl_mean, fidelity.top1_agreement
