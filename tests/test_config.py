@@ -29,6 +29,8 @@ def test_bits_of_single_layers_survive_json() -> None:
     assert config.of_layer(7) == TurboQuantConfig(preset="compact", k_bits=6, v_bits=4)
     assert config.of_layer(0) == TurboQuantConfig(preset="compact")
     assert "layer_bits" not in TurboQuantConfig().to_dict()
+    auto = TurboQuantConfig.parse({"preset": "auto", "layer_bits": {"7": [6, 4]}})
+    assert auto.to_dict() == {"preset": "auto", "layer_bits": {"7": [6, 4]}}
 
 
 def test_scale_is_unbiased_unless_the_paper_is_asked_for() -> None:

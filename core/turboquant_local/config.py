@@ -159,7 +159,9 @@ class TurboQuantConfig:
             )
         if self.preset == AUTO:
             # What was given is checked beside the defaults, which stand for what is not known yet.
-            dataclasses.replace(self, preset="balanced")
+            checked = dataclasses.replace(self, preset="balanced")
+            if self.layer_bits is not None:
+                object.__setattr__(self, "layer_bits", checked.layer_bits)
             return
         for name, value in (_DEFAULTS | dict(PRESETS[self.preset])).items():
             if getattr(self, name) is None:

@@ -51,7 +51,7 @@ def test_plots_without_matplotlib_name_the_extra(
     assert "matplotlib is not installed; pip install 'turboquant-local[plot]'" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["verify", "compare"])
+@pytest.mark.parametrize("command", ["verify", "compare", "tune"])
 def test_the_document_shows_the_help_as_it_is(invoke: Invoke, command: str) -> None:
     """Copy the printed help into the document when this fails."""
     shown = re.search(rf"```\n\$ turboquant-local {command} --help\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
