@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Final, Literal, cast
 
 from turboquant_local.errors import ConfigError
+from turboquant_local.widths import BITS, LayerBits, by_layer, layer_bits
 
 Rotation = Literal["auto", "hadamard", "dense"]
 Scale = Literal["unbiased", "least_error", "norm"]
 CodebookName = Literal["grid", "lloyd_max"]
-
-LayerBits = tuple[tuple[int, int, int], ...]
-"""Layer, bits of its keys, bits of its values; by layer."""
-
-BITS: Final = (1, 2, 3, 4, 6, 8, 16)
-"""Bits a coordinate can be stored in; 16 keeps the model's own dtype (the identity codec)."""
 
 SCALE_BITS: Final = (8, 16)
 
@@ -182,10 +177,10 @@ class TurboQuantConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ConfigError(f"{name}={value!r}: expected an integer of 0 or more")
-        object.__setattr__(self, "layer_bits", _layer_bits(self.layer_bits))
+        object.__setattr__(self, "layer_bits", layer_bits(self.layer_bits))
         if self.layer_bits and self.k_bits == self.v_bits == 16:
             raise ConfigError(
-                f"layer_bits={dict(_by_layer(self.layer_bits))}: with k_bits=16 and v_bits=16 nothing is packed in the "
+                f"layer_bits={dict(by_layer(self.layer_bits))}: with k_bits=16 and v_bits=16 nothing is packed in the "
                 "other layers; give one of these fewer bits"
             )
         for name in ("center_keys", "error_feedback"):
@@ -222,8 +217,8 @@ class TurboQuantConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values, without those that "auto" leaves open; `parse` reads them back."""
         fields = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        by_layer = dict(_by_layer(fields.pop("layer_bits", ())))
-        return {**fields, "layer_bits": by_layer} if by_layer else fields
+        widths = dict(by_layer(fields.pop("layer_bits", ())))
+        return {**fields, "layer_bits": widths} if widths else fields
 
     def of_layer(self, layer: int) -> TurboQuantConfig:
         """The settings of one layer."""
@@ -256,31 +251,20 @@ class TurboQuantConfig:
         return max(0, self.packed_length(length) - self.near_length)
 
 
-def _by_layer(layer_bits: LayerBits) -> Iterator[tuple[str, list[int]]]:
-    """As JSON has it, whose keys are strings."""
-    return ((str(layer), [k_bits, v_bits]) for layer, k_bits, v_bits in layer_bits)
+def plain_settings(value: TurboQuantConfig | Mapping[str, Any] | str | None) -> dict[str, Any] | str | None:
+    """What a user wrote as settings, in values that YAML and JSON can hold, and no more of it.
 
-
-def _layer_bits(value: object) -> LayerBits:
-    """Check and sort what a user may write, a mapping, or what a config holds."""
-    error = ConfigError(
-        f"layer_bits={value!r}: expected layers, counted from 0, and for each its k_bits and v_bits, of "
-        f"{', '.join(map(str, BITS[:-1]))}; as in {{5: (6, 4)}}"
-    )
-    if isinstance(value, Mapping):
-        try:
-            value = tuple((int(layer), *bits) for layer, bits in value.items())
-        except (TypeError, ValueError):
-            raise error from None
-    if not isinstance(value, tuple):
-        raise error
-    for entry in value:
-        plain = isinstance(entry, tuple) and all(type(number) is int for number in entry)
-        if not plain or len(entry) != 3 or entry[0] < 0 or not set(entry[1:]) <= set(BITS[:-1]):
-            raise error
-    if len({entry[0] for entry in value}) < len(value):
-        raise error
-    return tuple(sorted(value))
+    Raises:
+        ConfigError: As `TurboQuantConfig.parse`.
+    """
+    config = TurboQuantConfig.parse(value)
+    if isinstance(value, TurboQuantConfig):
+        return value.to_dict()
+    if not isinstance(value, Mapping):
+        return value
+    if not value.get("layer_bits"):
+        return dict(value)
+    return {**value, "layer_bits": dict(by_layer(config.layer_bits))}
 
 
 def _known(fields: Mapping[str, Any]) -> dict[str, Any]:

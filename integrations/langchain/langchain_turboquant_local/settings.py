@@ -14,6 +14,7 @@ from langchain_turboquant_local.options import check_options, generation_options
 from langchain_turboquant_local.profile import model_profile
 from langchain_turboquant_local.streaming import PROVIDER
 from turboquant_local import TurboQuantConfig, __version__
+from turboquant_local.config import plain_settings
 from turboquant_local.engine import GenerationOptions
 from turboquant_local.engine.loading import ModelSpec
 
@@ -97,8 +98,7 @@ class ChatSettings(BaseChatModel):
     @field_validator("kv_cache", mode="before")
     @classmethod
     def _plain_kv_cache(cls, value: object) -> object:
-        TurboQuantConfig.parse(cast(Any, value))
-        return value.to_dict() if isinstance(value, TurboQuantConfig) else value
+        return plain_settings(cast(Any, value))
 
     @field_validator("stop", mode="before")
     @classmethod

@@ -83,6 +83,15 @@ def test_every_setting_survives_yaml() -> None:
     assert loaded._kv_config == TurboQuantConfig(preset="compact", sink_length=8)
 
 
+def test_bits_of_single_layers_survive_yaml() -> None:
+    pipeline = Pipeline()
+    kv_cache = {"preset": "compact", "layer_bits": {5: (6, 4), 7: [6, 4]}}
+    pipeline.add_component("llm", TurboQuantLocalChatGenerator(kv_cache=kv_cache))
+    loaded = Pipeline.loads(pipeline.dumps()).get_component("llm")
+    assert loaded.kv_cache == {"preset": "compact", "layer_bits": {"5": [6, 4], "7": [6, 4]}}
+    assert kv_cache == {"preset": "compact", "layer_bits": {5: (6, 4), 7: [6, 4]}}
+
+
 def test_a_config_object_becomes_plain_fields() -> None:
     loaded = _again(TurboQuantLocalChatGenerator(kv_cache=TurboQuantConfig(preset="extreme", seed=3)))
 

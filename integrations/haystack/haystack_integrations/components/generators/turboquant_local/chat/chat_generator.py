@@ -38,7 +38,7 @@ from haystack_integrations.components.generators.turboquant_local.chat.streaming
     deliver,
     deliver_async,
 )
-from turboquant_local.config import TurboQuantConfig
+from turboquant_local.config import TurboQuantConfig, plain_settings
 from turboquant_local.engine import ChatEngine
 from turboquant_local.engine.options import check_options
 from turboquant_local.engine.types import ChatReply
@@ -127,7 +127,7 @@ class TurboQuantLocalChatGenerator:
         self.tool_parsing_function = tool_parsing_function
         self.async_executor = async_executor
         self.enable_thinking = enable_thinking
-        self.kv_cache = kv_cache.to_dict() if isinstance(kv_cache, TurboQuantConfig) else kv_cache
+        self.kv_cache = plain_settings(kv_cache)
         self.dtype = dtype
 
         self._kv_config = TurboQuantConfig.parse(kv_cache)
