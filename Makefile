@@ -35,6 +35,7 @@ bench: $(STAMP) ## Measure memory and speed on this machine's CPU, into benchmar
 
 bench-gpu: $(STAMP) ## Measure kernels, whole generations and memory on a CUDA GPU (needed), into benchmarks/results/
 	@$(BIN)/python benchmarks/decode_attention.py
+	@$(BIN)/python benchmarks/prefix_attention.py
 	@$(BIN)/python benchmarks/quantize.py
 	@$(BIN)/python benchmarks/prefill.py
 	@$(BIN)/python benchmarks/generate.py

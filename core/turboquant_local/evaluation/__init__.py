@@ -5,6 +5,7 @@ from turboquant_local.evaluation.codecs.registry import CODECS, find_codec
 from turboquant_local.evaluation.codecs.turboquant import TurboQuantCodec
 from turboquant_local.evaluation.comparison import Comparison, Size, compare, size
 from turboquant_local.evaluation.fidelity import UNCOMPRESSED, Fidelity, measure_fidelity
+from turboquant_local.evaluation.layer_bits import LayerShare, divide_bits
 from turboquant_local.evaluation.layers import LayerFidelity, measure_layers
 from turboquant_local.evaluation.models import load_model
 from turboquant_local.evaluation.retrieval import RetrievalCell, measure_retrieval
@@ -19,6 +20,7 @@ __all__ = [
     "Fidelity",
     "KVCodec",
     "LayerFidelity",
+    "LayerShare",
     "RetrievalCell",
     "Size",
     "Thresholds",
@@ -27,6 +29,7 @@ __all__ = [
     "Verification",
     "compare",
     "cut_windows",
+    "divide_bits",
     "find_codec",
     "load_model",
     "measure_fidelity",

@@ -92,10 +92,10 @@ def divide_bits(
     if not indices:
         raise EvaluationError(f"model={model.config.model_type!r}: no layer of it is compressed with these settings")
     total = len(indices) * (kv_cache.k_bits + kv_cache.v_bits)
-    if not 2 * len(indices) * WIDTHS[0] <= total <= 2 * len(indices) * WIDTHS[-1]:
+    if not 2 * len(indices) * WIDTHS[0] < total < 2 * len(indices) * WIDTHS[-1]:
         raise EvaluationError(
-            f"k_bits={kv_cache.k_bits}, v_bits={kv_cache.v_bits}: expected {WIDTHS[0]} to {WIDTHS[-1]} bits on average "
-            "to divide among layers; take another preset"
+            f"k_bits={kv_cache.k_bits}, v_bits={kv_cache.v_bits}: expected more than {WIDTHS[0]} and fewer than "
+            f"{WIDTHS[-1]} bits on average, or there is nothing to divide among layers; take another preset"
         )
     length = windows.shape[1]
     if kv_cache.far_length(length) == 0:
