@@ -16,10 +16,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize(
-    # Norms of two a layer and one at the end; in Qwen3 of queries and keys too. Gemma's adds one to the weight and has
-    # another name for its epsilon.
+    # Of a layer: two norms (in Qwen3 of queries and keys too; Gemma's adds one to the weight and has another name for
+    # its epsilon), projections (Phi's are one), their output, the two halves of the MLP. Of a model: the last norm, the
+    # rotation and the head.
     ("name", "count"),
-    [("llama", 10), ("qwen2", 10), ("qwen3", 18), ("phi3", 10), ("gemma3", 1)],
+    [("llama", 27), ("qwen2", 27), ("qwen3", 35), ("phi3", 27), ("gemma3", 18)],
 )
 @torch.no_grad()
 def test_the_same_scores(name: str, count: int) -> None:
@@ -43,4 +44,26 @@ def test_other_operations_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     other = modeling_llama.apply_rotary_pos_emb
     with fused(model) as exchanged:
         assert modeling_llama.apply_rotary_pos_emb is other
-    assert exchanged == 8
+    assert exchanged == 25
+
+
+@torch.no_grad()
+def test_layers_that_are_more_than_a_product_are_left_alone() -> None:
+    class Adapted(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 2
+
+    model, ids, seen = tiny_model("llama").to(DEVICE), random_tokens(1, 1).to(DEVICE), []
+    first, second = (layer.self_attn for layer in model.model.layers[:2])
+    first.q_proj.register_forward_hook(lambda *_: seen.append("hook"))
+    first.k_proj.__class__ = Adapted
+    second.v_proj.bias = torch.nn.Parameter(torch.ones_like(second.v_proj.weight[:, 0]))
+    model.model.layers[2].mlp.act_fn = torch.nn.ReLU()
+    expected = model(ids).logits
+    with fused(model) as exchanged:
+        out = model(ids).logits
+    # Of the first layer v alone is a product; the second layer's three do not go together; gate and up of the third
+    # are two products.
+    assert exchanged == 27 - 1 + 1
+    assert len(seen) == 2
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Fewer launches for a step that is captured: some of a model's small operations, each as one kernel.
+"""Fewer and faster launches for a step that is captured: norms, rotary embeddings and products with one token.
 
 A graph holds kernels, not the Python that launched them. So what a model calls can be exchanged for as long as its step
 is captured, and nothing is left of it in the model. Whatever does not compute what the kernel does, on a sample, keeps
@@ -22,7 +22,7 @@ _STEPS = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}
 
 @contextmanager
 def fused(model: Any) -> Iterator[int]:
-    """Exchange the norms and rotary embeddings of a model as long as the context lasts.
+    """Exchange the norms, rotary embeddings and products of a model as long as the context lasts.
 
     Yields:
         How many were exchanged.
@@ -30,6 +30,7 @@ def fused(model: Any) -> Iterator[int]:
     with ExitStack() as stack:
         try:
             kernels = import_module("turboquant_local.kernels.triton.step")
+            products = import_module("turboquant_local.kernels.triton.products")
         except ImportError:  # there is no Triton
             yield 0
             return
@@ -44,6 +45,7 @@ def fused(model: Any) -> Iterator[int]:
                 module.forward = lambda x, forward=forward: forward(x)
                 stack.callback(delattr, module, "forward")
                 count += 1
+            count += _exchange_products(module, products, sample, stack)
         files = {sys.modules[type(module).__module__] for module in model.modules()}
         for file in files:
             original = getattr(file, "apply_rotary_pos_emb", None)
@@ -61,6 +63,83 @@ def _is_norm(module: torch.nn.Module, kernels: Any) -> bool:
         return False
     x = _noise(2, weight.shape[0], like=weight)
     return _close(module(x), kernels.rms_norm(x, weight, eps))
+
+
+def _exchange_products(module: torch.nn.Module, kernels: Any, sample: torch.Tensor, stack: ExitStack) -> int:
+    """Exchange a gated MLP, projections of the same token, or a single product; returns how many."""
+    children: dict[str, Any] = dict(module.named_children())
+    served = {name for name, child in children.items() if _is_linear(child, sample)}
+    count = 0
+    if {"gate_proj", "up_proj", "down_proj"} <= served and (gated := _gated_mlp(module, kernels)) is not None:
+        _exchange(module, gated, stack)
+        served -= {"gate_proj", "up_proj"}
+        count += 1
+    together: list[str] = [name for name in ("q_proj", "k_proj", "v_proj") if name in served]
+    groups = [together, *([name] for name in sorted(served - set(together)))]
+    for names in groups:
+        layers = [children[name] for name in names]
+        if len({(layer.in_features, layer.bias is None) for layer in layers}) == 1:
+            product = _Product(layers, kernels)
+            for index, layer in enumerate(layers):
+                _exchange(layer, partial(product, index), stack)
+            count += 1
+    return count
+
+
+def _exchange(module: torch.nn.Module, forward: Callable[..., torch.Tensor], stack: ExitStack) -> None:
+    """Exchange what a module does for one token as long as the stack lasts."""
+    original = module.forward
+
+    def chosen(x: torch.Tensor) -> torch.Tensor:
+        return forward(x) if x.numel() == x.shape[-1] else original(x)
+
+    module.forward = chosen
+    stack.callback(delattr, module, "forward")
+
+
+class _Product:
+    """Several layers' products with the same token by one launch, when the first of them is asked for its own."""
+
+    def __init__(self, layers: list[Any], kernels: Any) -> None:
+        self.layers, self.kernels = layers, kernels
+        self.last: tuple[torch.Tensor | None, tuple[torch.Tensor, ...]] = (None, ())
+
+    def __call__(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        known, out = self.last
+        if x is not known:
+            weights, biases = [layer.weight for layer in self.layers], [layer.bias for layer in self.layers]
+            out = self.kernels.linear(x, weights, biases)
+            self.last = (x, out)
+        return out[index]
+
+
+def _is_linear(module: torch.nn.Module, sample: torch.Tensor) -> bool:
+    """Whether it is a linear layer and no more than that: not quantized, no adapter, nobody's hook."""
+    return (
+        type(module) is torch.nn.Linear
+        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+        and module.weight.is_contiguous()
+        and (module.weight.dtype, module.weight.device) == (sample.dtype, sample.device)
+    )
+
+
+def _gated_mlp(module: Any, kernels: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What a module computes if it is `down(activation(gate(x)) * up(x))`."""
+    gate, up, down = module.gate_proj, module.up_proj, module.down_proj
+    if "forward" in vars(module) or gate.bias is not None or up.bias is not None:
+        return None
+    x = _noise(1, 1, gate.in_features, like=gate.weight)
+    expected = module(x)
+    for activation in kernels.ACTIVATIONS:
+
+        def forward(x: torch.Tensor, name: str = activation) -> torch.Tensor:
+            out: torch.Tensor = down(kernels.gated(x, gate.weight, up.weight, name))
+            return out
+
+        out = forward(x)
+        if out.shape == expected.shape and (out - expected).norm() <= 4 * _STEPS[x.dtype] * expected.norm():
+            return forward
+    return None
 
 
 def _rotates_alike(original: Callable[..., Any], kernels: Any, sample: torch.Tensor) -> bool:

@@ -26,6 +26,17 @@ def hopper(device: torch.device) -> bool:
 
 
 @lru_cache(maxsize=8)
+def launch_early(device: torch.device) -> dict[str, bool]:
+    """Arguments of a launch that need not wait for the end of the kernel before (programmatic dependent launch).
+
+    The kernel takes EARLY, and waits (`gdc_wait`) before it reads what that one writes, or writes anything itself.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        return {"EARLY": True, "launch_pdl": True}
+    return {"EARLY": False}
+
+
+@lru_cache(maxsize=8)
 def multiprocessors(device: torch.device) -> int:
     """How many there are; 1 in the interpreter."""
     if device.type != "cuda":

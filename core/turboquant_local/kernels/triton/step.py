@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from turboquant_local.kernels.triton.devices import unserved
+from turboquant_local.kernels.triton.devices import launch_early, unserved
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -35,7 +36,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     out = torch.empty_like(x)
     _rms_norm[(x.numel() // size,)](
         x, weight, out, eps, SIZE=size, PADDED=triton.next_power_of_2(size), num_warps=8 if size > 1024 else 1,
-        enable_fp_fusion=False,
+        enable_fp_fusion=False, **launch_early(x.device),
     )  # fmt: skip
     return out
 
@@ -54,16 +55,21 @@ def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
     _rotary[(q_heads + kv_heads,)](
         q, k, cos, sin, out, q.stride(1), k.stride(1),
         Q_HEADS=q_heads, HALF=size // 2, PADDED=triton.next_power_of_2(size // 2), num_warps=1, enable_fp_fusion=False,
+        **launch_early(q.device),
     )  # fmt: skip
     rotated_q, rotated_k = out.split([q_heads, kv_heads], dim=1)
     return rotated_q, rotated_k
 
 
 @triton.jit
-def _rms_norm(x, weight, out, eps, SIZE: tl.constexpr, PADDED: tl.constexpr):  # fmt: skip
+def _rms_norm(x, weight, out, eps, SIZE: tl.constexpr, PADDED: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64) * SIZE
     at = tl.arange(0, PADDED)
     w = tl.load(weight + at, mask=at < SIZE, other=0.0)
+    if EARLY:
+        gdc_wait()
     value = tl.load(x + row + at, mask=at < SIZE, other=0.0)
     exact = value.to(tl.float32)
     mean = tl.sum(exact * exact, 0) / SIZE
@@ -73,8 +79,12 @@ def _rms_norm(x, weight, out, eps, SIZE: tl.constexpr, PADDED: tl.constexpr):  #
 
 @triton.jit
 def _rotary(
-    q, k, cos, sin, out, q_stride, k_stride, Q_HEADS: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr
+    q, k, cos, sin, out, q_stride, k_stride,
+    Q_HEADS: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     head = tl.program_id(0)
     at = tl.arange(0, PADDED)
     valid = at < HALF
