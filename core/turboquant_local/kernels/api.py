@@ -5,18 +5,21 @@ An implementation asked for by name is used or refused with the reason, never qu
 
 from __future__ import annotations
 
+import logging
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
 import torch
 
-from turboquant_local.codec.quantizer import Quantizer
+from turboquant_local.codec.quantizer import IdentityQuantizer, Quantizer
 from turboquant_local.codec.statistics import HeadStatistics
 from turboquant_local.errors import BackendError, CacheError
 from turboquant_local.kernels import reference
 from turboquant_local.kernels.layout import KVView, PackedKV
 
+logger = logging.getLogger(__name__)
 _NOTHING = HeadStatistics()
 _FEW_QUERIES = 8
 
@@ -34,7 +37,12 @@ def choose(query: torch.Tensor, keys: KVView, values: KVView, impl: str = "auto"
         BackendError: There is no such implementation here, or it does not serve these tensors.
     """
     if impl == "auto":
-        return "triton" if query.is_cuda and _refusal(query, keys, values) is None else "reference"
+        if not (query.is_cuda and keys.packed):
+            return "reference"
+        reason = _refusal(query, keys, values)
+        if reason is not None:
+            _say_slower("attention", reason)
+        return "triton" if reason is None else "reference"
     if impl == "triton":
         reason = _refusal(query, keys, values)
         if reason is not None:
@@ -96,7 +104,20 @@ def _module(operation: str, impl: str, cuda: bool, *arguments: object) -> Any:
         return module
     if impl == "triton":
         raise BackendError(f"impl='triton': {reason}; use impl='reference', or 'auto'")
+    if not any(isinstance(getattr(x, "quantizer", x), IdentityQuantizer) for x in arguments):  # that is but a copy
+        _say_slower(operation, reason)
     return reference
+
+
+@lru_cache(maxsize=64)
+def _say_slower(operation: str, reason: str) -> None:
+    """Say once that torch does what a kernel should."""
+    logger.warning("%s runs in torch, slower and with the same result: %s", operation, reason)
+
+
+def _on(x: torch.Tensor) -> AbstractContextManager[object]:
+    """Launch where the tensor is: Triton launches on the current device."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def quantize_kv(
@@ -121,7 +142,8 @@ def quantize_kv(
         )
     _check_unit(quantizer, statistics)
     module = _module("quantize", impl, x.is_cuda, x, quantizer, statistics)
-    packed: PackedKV = module.quantize_kv(x, quantizer, statistics)
+    with _on(x):
+        packed: PackedKV = module.quantize_kv(x, quantizer, statistics)
     return packed
 
 
@@ -144,7 +166,8 @@ def requantize_kv(
     if packed.quantizer == quantizer:
         return packed
     module = _module("requantize", impl, packed.codes.is_cuda, packed, quantizer, statistics)
-    again: PackedKV = module.requantize_kv(packed, quantizer, statistics)
+    with _on(packed.codes):
+        again: PackedKV = module.requantize_kv(packed, quantizer, statistics)
     return again
 
 
@@ -163,7 +186,8 @@ def dequantize_kv(packed: PackedKV, dtype: torch.dtype, *, impl: str = "auto") -
         BackendError: There is no such implementation here, or it does not serve this quantizer.
     """
     module = _module("dequantize", impl, packed.codes.is_cuda, packed, dtype)
-    x: torch.Tensor = module.dequantize_kv(packed, dtype)
+    with _on(packed.codes):
+        x: torch.Tensor = module.dequantize_kv(packed, dtype)
     return x
 
 
@@ -220,14 +244,15 @@ def attention(
     if any(part.mean is not None for part in values.packed):
         raise CacheError("values.packed: only keys can be centred; quantize the values without a mean")
     module = reference if choose(query, keys, values, impl) == "reference" else _triton(_operation(query))
-    out: torch.Tensor = module.attention(
-        query,
-        keys,
-        values,
-        mask=mask,
-        causal=causal and mask is None and q_length > 1,
-        scaling=head_dim**-0.5 if scaling is None else scaling,
-        softcap=softcap,
-        sink_logits=sink_logits,
-    )
+    with _on(query):
+        out: torch.Tensor = module.attention(
+            query,
+            keys,
+            values,
+            mask=mask,
+            causal=causal and mask is None and q_length > 1,
+            scaling=head_dim**-0.5 if scaling is None else scaling,
+            softcap=softcap,
+            sink_logits=sink_logits,
+        )
     return out
