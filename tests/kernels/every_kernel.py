@@ -1,0 +1,40 @@
+"""A little of everything that runs in Triton on a CUDA device, for compute-sanitizer: see test_sanitizer.py.
+
+A prompt is packed, tokens are decoded in a captured graph until more is packed, a second prompt attends to the codes,
+and the whole is decompressed.
+"""
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList
+
+from turboquant_local import TurboQuantCache
+from turboquant_local.engine.decode_loop import DecodeLoop
+from turboquant_local.engine.sampling import Sampling
+from turboquant_local.kernels import api
+from turboquant_local.testing import random_tokens, tiny_model
+
+
+def main() -> None:
+    """Raises if anything runs in torch instead."""
+    model = tiny_model("llama", head_dim=64).to("cuda", torch.bfloat16)
+    cache = TurboQuantCache(model.config, "compact", near_length=64)
+    loop, tokens = DecodeLoop(), random_tokens(1, 300).cuda()
+    sampling = Sampling(GenerationConfig(max_new_tokens=40), LogitsProcessorList(), frozenset(), ())
+    for _ in range(2):
+        ids = tokens[0].tolist()
+
+        def read(token: int, ids: list[int] = ids) -> bool:
+            ids.append(token)
+            return False
+
+        assert loop.run(model, cache, tokens, sampling, read) == "cuda graph"
+        tokens = torch.cat([torch.tensor([ids], device="cuda"), random_tokens(1, 30, seed=1).cuda()], dim=1)
+    assert set(cache.stats.attention) <= {"exact", "triton"}, cache.stats.attention
+    for part in (*cache.layers[0]._k.packed, *cache.layers[0]._v.packed):
+        assert api.dequantize_kv(part, torch.bfloat16, impl="triton").isfinite().all()
+    torch.cuda.synchronize()
+    print("every kernel ran")
+
+
+if __name__ == "__main__":
+    main()
