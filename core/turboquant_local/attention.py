@@ -105,8 +105,7 @@ def _behind_others(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
     attend = torch.ops.aten._scaled_dot_product_cudnn_attention
     far, far_lse = attend(query, key[:, :, :before], value[:, :, :before], None, True, scale=scaling)[:2]
     near, near_lse = attend(query, last_key, last_value, None, True, is_causal=True, scale=scaling)[:2]
-    share = torch.sigmoid(far_lse - near_lse).reshape(*query.shape[:3], 1)
-    return torch.lerp(near.float(), far.float(), share).to(query.dtype)
+    return api.merge(far, far_lse, near, near_lse)
 
 
 def _eager(

@@ -191,6 +191,32 @@ def dequantize_kv(packed: PackedKV, dtype: torch.dtype, *, impl: str = "auto") -
     return x
 
 
+def merge(first: torch.Tensor, first_lse: torch.Tensor, second: torch.Tensor, second_lse: torch.Tensor) -> torch.Tensor:
+    """Attention to two sets of tokens, made of that to either.
+
+    Args:
+        first: `[batch, num_q_heads, q_length, head_dim]`, what the queries take from the first set, of unit stride in
+            the last dimension.
+        first_lse: `[batch, num_q_heads, q_length]` or one dimension more, the natural logarithm of the sum of its
+            weights, float32.
+        second: Likewise for the second set.
+        second_lse: Likewise.
+
+    Returns:
+        As `first`, and laid out in memory as it is.
+    """
+    if first.is_cuda:
+        module = _triton("prompt_step")
+        reason = module if isinstance(module, str) else module.refusal(first)
+        if reason is None:
+            with _on(first):
+                out: torch.Tensor = module.merge(first, first_lse, second, second_lse)
+            return out
+        _say_slower("merging attention", reason)
+    share = torch.sigmoid(first_lse - second_lse).reshape(*first.shape[:3], 1)
+    return torch.lerp(second.float(), first.float(), share).to(first.dtype)
+
+
 def attention(
     query: torch.Tensor,
     keys: KVView,

@@ -1,0 +1,169 @@
+"""Fewer passes over memory for a prompt: some of a model's small operations, each as one kernel.
+
+A tenth of the time of a long prompt goes to norms, rotary embeddings and gated activations, which PyTorch computes in
+many passes; and a short prompt waits for Python to launch those. What a model calls can be exchanged for as long as a
+prompt is run, and nothing is left of it in the model. Whatever does not compute what the kernel does, on a sample,
+keeps its own operations.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from threading import Lock
+from types import ModuleType
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+import torch
+
+from turboquant_local.engine.decode_fusion import _close, _is_norm, _noise, _rotates_alike
+
+Forward = Callable[..., torch.Tensor]
+Rotary = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+_AT_ONCE: Final = 4096
+"""Tokens a gated network takes at once: as fast as more, and what it computes on the way is wide."""
+
+_found: WeakKeyDictionary[torch.nn.Module, tuple[list[tuple[torch.nn.Module, Forward]], set[ModuleType]]]
+_found = WeakKeyDictionary()
+"""What can be exchanged in a model, and the files it is written in. Looked for once: a sample waits for the device."""
+
+_turns: WeakKeyDictionary[Rotary, bool] = WeakKeyDictionary()
+"""What was found of rotary embeddings."""
+
+_rotary: dict[ModuleType, tuple[int, Rotary]] = {}
+"""Files whose rotary embedding is exchanged at the moment: for how many prompts, and what it was before."""
+
+_exchanging = Lock()
+
+
+@contextmanager
+def fused(model: Any) -> Iterator[int]:
+    """Exchange norms, rotary embeddings and gated networks of a model as long as the context lasts.
+
+    Others may use the model meanwhile, for all computes the same; but no gradient comes out of it.
+
+    Yields:
+        How many were exchanged; none where Triton does not run.
+    """
+    with ExitStack() as stack:
+        try:
+            kernels = import_module("turboquant_local.kernels.triton.prompt_step")
+        except ImportError:  # there is no Triton
+            yield 0
+            return
+        sample = torch.empty(0, dtype=model.dtype, device=model.device)
+        if kernels.refusal(sample) is not None:
+            yield 0
+            return
+        if model not in _found:
+            files = {sys.modules[type(module).__module__] for module in model.modules()}
+            _found[model] = _exchanges(model, kernels), files
+        exchanges, files = _found[model]
+        count = 0
+        for module, forward in exchanges:
+            if "forward" not in vars(module):  # else somebody else's hook is in its place
+                module.forward = forward
+                stack.callback(vars(module).pop, "forward", None)
+                count += 1
+        for file in files:
+            if _exchange_rotary(file, kernels, sample):
+                stack.callback(_restore_rotary, file)
+                count += 1
+        yield count
+
+
+@torch.no_grad()
+def _exchanges(model: Any, kernels: Any) -> list[tuple[torch.nn.Module, Forward]]:
+    """Modules of a model with what computes the same in kernels."""
+    known = [(module, _norm(module, kernels, model.dtype)) for module in model.modules()]
+    known = [(module, forward or _gated(module, kernels, model.dtype)) for module, forward in known]
+    return [(module, forward) for module, forward in known if forward is not None]
+
+
+def _norm(module: torch.nn.Module, kernels: Any, dtype: torch.dtype) -> Forward | None:
+    """What computes a module's result by the kernel, if it is a root mean square norm."""
+    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
+    if eps is None or weight is None or weight.dtype != dtype:
+        return None
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        with torch.cuda.device_of(x):
+            out: torch.Tensor = kernels.rms_norm(x, weight, eps)
+        return out
+
+    with torch.cuda.device_of(weight):
+        return forward if _is_norm(module, kernels) else None
+
+
+def _gated(module: torch.nn.Module, kernels: Any, dtype: torch.dtype) -> Forward | None:
+    """The same for a network gated by a SiLU."""
+    parts = [getattr(module, f"{name}_proj", None) for name in ("gate", "up", "down")]
+    gate_proj, up_proj, down_proj = (part if isinstance(part, torch.nn.Linear) else None for part in parts)
+    if gate_proj is None or up_proj is None or down_proj is None:
+        return None
+
+    def some(x: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_proj(x), up_proj(x)
+        with torch.cuda.device_of(x):
+            out: torch.Tensor = down_proj(kernels.swiglu(gate, up))
+        return out
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-2] <= _AT_ONCE:
+            return some(x)
+        out = torch.empty_like(x)
+        for part, to in zip(x.split(_AT_ONCE, dim=-2), out.split(_AT_ONCE, dim=-2), strict=True):
+            to.copy_(some(part))
+        return out
+
+    x = _noise(2, gate_proj.in_features, like=torch.empty(0, dtype=dtype, device=gate_proj.weight.device))
+    try:
+        return forward if "forward" not in vars(module) and _close(module(x), forward(x)) else None
+    except Exception:  # it takes or returns other things; quantized layers each have errors of their own
+        return None
+
+
+def _exchange_rotary(file: ModuleType, kernels: Any, sample: torch.Tensor) -> bool:
+    """Exchange the rotary embedding of a file; whether it has one that can be."""
+    with _exchanging:
+        users, original = _rotary.get(file, (0, getattr(file, "apply_rotary_pos_emb", None)))
+        if original is None:
+            return False
+        if not users and original not in _turns:
+            with torch.cuda.device_of(sample):
+                _turns[original] = _rotates_alike(original, kernels, sample)
+        if not users and not _turns[original]:
+            return False
+        if not users:
+            file.apply_rotary_pos_emb = _with_rotary(original, kernels)  # type: ignore[attr-defined]
+        _rotary[file] = (users + 1, original)
+        return True
+
+
+def _restore_rotary(file: ModuleType) -> None:
+    with _exchanging:
+        users, original = _rotary.pop(file)
+        if users > 1:
+            _rotary[file] = (users - 1, original)
+        else:
+            file.apply_rotary_pos_emb = original  # type: ignore[attr-defined]
+
+
+def _with_rotary(original: Rotary, kernels: Any) -> Rotary:
+    def rotary(
+        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # Another model, in another thread, may call it meanwhile.
+        shapes = q.shape[0] == k.shape[0] == 1 and cos.shape == sin.shape == (1, *q.shape[2:]) == (1, *k.shape[2:])
+        alike = q.dtype == k.dtype == cos.dtype and q.stride(3) == k.stride(3) == 1 and q.device == k.device
+        if shapes and alike and kernels.refusal(q) is None and not args and not kwargs:
+            with torch.cuda.device_of(q):
+                both: tuple[torch.Tensor, torch.Tensor] = kernels.rotary(q, k, cos.contiguous(), sin.contiguous())
+            return both
+        return original(q, k, cos, sin, *args, **kwargs)
+
+    return rotary
