@@ -1,15 +1,18 @@
 """Events come live; cancelling and closing end a generation within one token; calls take turns."""
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 
 import pytest
 
 from turboquant_local.engine import (
     ChatEngine,
+    ChatReply,
     Finished,
     GenerationOptions,
     Message,
@@ -19,7 +22,9 @@ from turboquant_local.engine import (
     Tool,
     ToolCallDelta,
     loading,
+    streaming,
 )
+from turboquant_local.engine.streaming import Cancellation, stream_events
 from turboquant_local.errors import ModelLoadError
 
 MakeEngine = Callable[..., ChatEngine]
@@ -153,6 +158,39 @@ def test_an_error_in_the_generation_is_raised_in_the_consumer(engine: ChatEngine
     hook.remove()
     assert generation_threads() == []
     assert engine.chat(CAPITAL).text == ANSWER
+
+
+def test_one_thread_serves_one_stream_after_another(engine: ChatEngine) -> None:
+    """And another one, what runs at the same time; nothing of a generation is left in it."""
+    value: ContextVar[str] = ContextVar("value", default="")
+    seen: list[tuple[int, str]] = []
+
+    def work(cancel: Cancellation, emit: Callable[[TextDelta], None]) -> ChatReply:
+        seen.append((threading.get_ident(), value.get()))
+        value.set("mine")
+        emit(TextDelta("a"))
+        return engine.chat(CAPITAL)
+
+    for _ in range(2):
+        list(stream_events(work, None))
+    first, second = (stream_events(work, None) for _ in range(2))
+    next(first), next(second)
+    list(first), list(second)
+    threads = [thread for thread, _ in seen]
+    assert threads[0] == threads[1] in threads[2:]
+    assert threads[2] != threads[3]
+    assert {own for _, own in seen} == {""}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # of Python 3.12: the child does nothing
+def test_a_child_has_threads_of_its_own(engine: ChatEngine) -> None:
+    list(engine.stream(CAPITAL))
+    assert streaming._idle
+    child = os.fork()
+    if not child:
+        os._exit(len(streaming._idle))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_stream_that_nobody_reads_starts_nothing(engine: ChatEngine) -> None:

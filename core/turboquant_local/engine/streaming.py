@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
+import os
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator
@@ -49,10 +51,7 @@ def stream_events(work: Work, cancel: threading.Event | None) -> Generator[Strea
     """
     events: queue.SimpleQueue[StreamEvent | BaseException] = queue.SimpleQueue()
     cancellation = Cancellation(cancel)
-    thread = threading.Thread(
-        target=_produce, args=(work, cancellation, events.put), name="turboquant-generation", daemon=True
-    )
-    thread.start()
+    ended = _run(lambda: _produce(work, cancellation, events.put))
     try:
         while True:
             event = events.get()
@@ -63,7 +62,7 @@ def stream_events(work: Work, cancel: threading.Event | None) -> Generator[Strea
                 return
     finally:
         cancellation.set()
-        thread.join()
+        ended.wait()
 
 
 async def astream_events(work: Work, cancel: threading.Event | None) -> AsyncGenerator[StreamEvent, None]:
@@ -88,7 +87,7 @@ async def astream_events(work: Work, cancel: threading.Event | None) -> AsyncGen
         finally:
             call_in_loop(ended.set)
 
-    threading.Thread(target=produce, name="turboquant-generation", daemon=True).start()
+    _run(produce)
     try:
         while True:
             event = await events.get()
@@ -107,3 +106,47 @@ def _produce(work: Work, cancellation: Cancellation, deliver: Callable[[StreamEv
         deliver(Finished(work(cancellation, deliver)))
     except BaseException as error:
         deliver(error)
+
+
+_idle: list[_Worker] = []
+"""Threads without work; the youngest is taken first."""
+
+
+class _Worker(threading.Thread):
+    """Runs one generation after the other.
+
+    cuDNN keeps its plans by thread; making those of a prompt anew would delay its first token.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(name="turboquant-idle", daemon=True)
+        self.jobs: queue.SimpleQueue[tuple[Callable[[], None], threading.Event]] = queue.SimpleQueue()
+
+    def run(self) -> None:
+        while True:
+            job, ended = self.jobs.get()
+            try:
+                self.name = "turboquant-generation"
+                contextvars.Context().run(job)  # nothing is left of the job before
+                del job
+                self.name = "turboquant-idle"
+                _idle.append(self)
+            finally:
+                ended.set()
+            del ended
+
+
+def _run(job: Callable[[], None]) -> threading.Event:
+    """Run something in a thread of its own; what is returned is set once it has ended."""
+    ended = threading.Event()
+    try:
+        worker = _idle.pop()
+    except IndexError:
+        worker = _Worker()
+        worker.start()
+    worker.jobs.put((job, ended))
+    return ended
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_idle.clear)  # a child has none of its parent's threads
