@@ -1,9 +1,11 @@
 """Time to first token on a CUDA device: a compressed cache against transformers' own, in the same run.
 
-The model has the geometry of Llama-3.1-8B and random weights in bfloat16; a prompt goes through it in one call, and the
-time stops when its first token is known. The caches take turns; medians. Rows go to benchmarks/results/prefill.csv.
+The model has the geometry of Llama-3.1-8B and random weights in bfloat16; the time stops when the prompt's first token
+is known. A preset's name stands for one call of the model, "engine" for an engine's loop with `balanced`, which takes
+the prompt in parts and pieces. The caches take turns; medians, and apart from them the first call of a length in this
+process, which may plan and compile. Rows go to benchmarks/results/prefill.csv.
 
-Run: python benchmarks/prefill.py [--layers N] [--out PATH]
+Run: python benchmarks/prefill.py [--layers N] [--contexts N ...] [--caches NAME ...] [--out PATH]
 """
 
 from __future__ import annotations
@@ -15,12 +17,22 @@ from statistics import median
 
 import torch
 from gpu import machine, write_rows
-from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessorList,
+)
 
 from turboquant_local import TurboQuantCache
+from turboquant_local.engine.decode_loop import DecodeLoop
+from turboquant_local.engine.sampling import Sampling
 
-CONTEXTS = (8192, 32768)
+CONTEXTS = (1024, 8192, 32768)
 PRESETS = ("balanced", "compact", "extreme")
+CACHES = (*PRESETS, "engine")
 REPEATS = 3
 
 
@@ -45,30 +57,42 @@ def first_token(model: LlamaForCausalLM, ids: torch.Tensor, cache: Cache) -> flo
     return time.perf_counter() - start
 
 
+def engine_first_token(model: LlamaForCausalLM, ids: torch.Tensor) -> float:
+    """The same by an engine's loop; the reply ends there, before its steps would be captured."""
+    sampling = Sampling(GenerationConfig(max_new_tokens=32), LogitsProcessorList(), frozenset(), ())
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    DecodeLoop().run(model, TurboQuantCache(model.config), ids, sampling, lambda _: True)
+    return time.perf_counter() - start
+
+
 def main() -> None:
     """Measure all points, print a table and write the rows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
+    parser.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES, help="DynamicCache always runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "prefill.csv")
     options = parser.parse_args()
     where, rows = machine(), []
     model = build(options.layers)
-    for context in CONTEXTS:
+    for context in options.contexts:
         ids = torch.randint(0, 128256, (1, context), generator=torch.Generator().manual_seed(0)).cuda()
-        times: dict[str, list[float]] = {name: [] for name in ("DynamicCache", *PRESETS)}
-        for turn in range(REPEATS + 1):
+        times: dict[str, list[float]] = {name: [] for name in ("DynamicCache", *options.caches)}
+        for _ in range(REPEATS + 1):
             for name, taken in times.items():
-                cache = (
-                    DynamicCache(config=model.config) if name == "DynamicCache" else TurboQuantCache(model.config, name)
-                )
-                seconds = first_token(model, ids, cache)
+                if name == "engine":
+                    taken.append(engine_first_token(model, ids))
+                    continue
+                fresh = name == "DynamicCache"
+                cache = DynamicCache(config=model.config) if fresh else TurboQuantCache(model.config, name)
+                taken.append(first_token(model, ids, cache))
                 del cache
-                if turn:  # the first compiles
-                    taken.append(seconds)
-        base = median(times["DynamicCache"])
-        for name, taken in times.items():
+        base = median(times["DynamicCache"][1:])
+        for name, (first, *taken) in times.items():
             rows.append({
                 **where, "layers": options.layers, "context": context, "cache": name,
+                "ttft_ms_first": f"{first * 1e3:.1f}",
                 "ttft_ms_min": f"{min(taken) * 1e3:.1f}", "ttft_ms_median": f"{median(taken) * 1e3:.1f}",
                 "ttft_ms_max": f"{max(taken) * 1e3:.1f}", "ratio": f"{median(taken) / base:.3f}",
             })  # fmt: skip

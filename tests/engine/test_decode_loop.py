@@ -117,6 +117,19 @@ def test_buffers_are_kept_counted_and_let_go() -> None:
     assert fresh.vram_bytes() == alone.vram_bytes()
 
 
+def test_the_first_token_comes_before_what_its_prompt_leaves_is_packed() -> None:
+    model, prompt, recent = model_of("llama"), random_tokens(1, 600), []
+    cache = TurboQuantCache(model.config)
+
+    def ends(token: int) -> bool:
+        recent.append(cache.layers[0]._k.recent.shape[2])
+        return True
+
+    DecodeLoop(capture=False).run(model, cache, prompt, sampling(9), ends)
+    assert recent == [600 - cache.window_start(599)] == [276]
+    assert cache.layers[0]._k.recent.shape[2] < 32
+
+
 def test_large_buffers_make_room_for_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("turboquant_local.engine.decode_loop._KEPT", 511)
     model, prompt = model_of("llama"), random_tokens(1, 400)

@@ -52,3 +52,57 @@ def test_one_part_alone(split: int) -> None:
         for cache in (whole, pieces):
             model(random_tokens(1, 40, seed=1), past_key_values=cache)
     assert pieces.vram_bytes() == whole.vram_bytes()
+
+
+@pytest.mark.parametrize("piece", [None, 99])
+@pytest.mark.parametrize("kv_cache", ["balanced", "paper"])
+def test_the_same_numbers_again(kv_cache: str, piece: int | None) -> None:
+    """A second, identical prompt over the far tokens of the first."""
+    model, ids = tiny_model("llama"), random_tokens(1, 700)
+    cache = TurboQuantCache(model.config, kv_cache)
+    kept = cache.window_start(699)
+    first = prefill(model, cache, ids, kept, piece)
+    with torch.no_grad():
+        model(random_tokens(1, 50, seed=2), past_key_values=cache)
+    assert cache.rewind(699) == kept > 0
+    assert torch.equal(prefill(model, cache, ids[:, kept:], 0, piece), first)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "falcon-h1"])
+def test_turns(name: str) -> None:
+    """Prompt after prompt, the cache is as if every layer had packed by itself."""
+    model = tiny_model(name)
+    ours, theirs = (TurboQuantCache(model.config, "identity", near_length=32) for _ in range(2))
+    for turn, length in enumerate((20, 3, 150, 300, 40)):
+        ids, held = random_tokens(1, length, seed=turn), ours.get_seq_length()
+        split = max(0, ours.window_start(held + length - 1) - held)
+        out = prefill(model, ours, ids, split)
+        with torch.no_grad():
+            for part in (ids[:, :split], ids[:, split:]):
+                if part.shape[1]:
+                    expected = model(part, past_key_values=theirs).logits[:, -1]
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        assert ours.get_seq_length() == theirs.get_seq_length() == held + length
+        assert ours.vram_bytes() == theirs.vram_bytes()
+
+
+def test_another_cache_in_a_prompt_of_pieces() -> None:
+    """A model may be shared: somebody else's tokens go through its layers as ever."""
+    model, ids = tiny_model("llama"), random_tokens(1, 300)
+    cache, other = (TurboQuantCache(model.config) for _ in range(2))
+    attend = model.base_model.layers[1].self_attn.forward
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if not other.get_seq_length():
+            model(ids[:, :150], past_key_values=other)
+        return attend(*args, **kwargs)
+
+    model.base_model.layers[1].self_attn.forward = interrupted
+    prefill(model, cache, ids, 260, piece=99)
+    del model.base_model.layers[1].self_attn.forward
+    alone = TurboQuantCache(model.config)
+    with torch.no_grad():
+        model(ids[:, :150], past_key_values=alone)
+    assert torch.equal(other.layers[3]._k.near.codes, alone.layers[3]._k.near.codes)
+    assert other.get_seq_length() == 150
+    assert cache.get_seq_length() == 300

@@ -25,7 +25,7 @@ class Case:
             sink_length=3, residual_length=20, near_length=32, codebook=codebook, error_feedback=codebook == "grid"
         )
         whole = storage.append(storage.empty(x), x)
-        return storage.settle(whole, config, make_codec(config, x.shape[-1], bits, keys))
+        return storage.settle([whole], config, make_codec(config, x.shape[-1], bits, keys))[0]
 
     def views(
         self,

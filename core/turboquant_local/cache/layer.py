@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -60,6 +60,7 @@ class CompressedLayer(DynamicLayer):
         kv_cache: The settings.
         stats: Shared by all layers of a cache.
         packs: Pack tokens as they leave the recent window. If not, they are kept until `settle`.
+        rooms: Where keys and values of an empty layer are kept until then, if it is given more than once.
     """
 
     def __init__(self, kv_cache: TurboQuantConfig, stats: AttentionStats, shape: tuple[int, int] | None = None) -> None:
@@ -74,6 +75,7 @@ class CompressedLayer(DynamicLayer):
         self.stats = stats
         self.shape = shape
         self.packs = True
+        self.rooms: tuple[storage.Room, storage.Room] | None = None
         self._k: KVView | None = None
         self._v: KVView | None = None
         self._constants: tuple[torch.Tensor, ...] = ()
@@ -139,10 +141,11 @@ class CompressedLayer(DynamicLayer):
                 "reset() it, or use batch_repeat_interleave / batch_select_indices"
             )
         config, held = self.kv_cache, self._k.shape[2]
-        seen_k, seen_v = storage.append(self._k, key_states), storage.append(self._v, value_states)
+        room_k, room_v = self.rooms or (None, None)
+        seen_k, seen_v = storage.append(self._k, key_states, room_k), storage.append(self._v, value_states, room_v)
         if held and self.packs:
-            seen_k = storage.settle(seen_k, config, self._k_codec, among_first=held)
-            seen_v = storage.settle(seen_v, config, self._v_codec, among_first=held)
+            (seen_k,) = storage.settle([seen_k], config, self._k_codec, among_first=held)
+            (seen_v,) = storage.settle([seen_v], config, self._v_codec, among_first=held)
         self._store(seen_k, seen_v)
         if self.packs:
             self.settle()
@@ -150,13 +153,9 @@ class CompressedLayer(DynamicLayer):
             self.stats.attention["exact"] += 1
         return self._as_tensor(seen_k), self._as_tensor(seen_v)
 
-    def settle(self) -> None:
-        """Pack what has left the recent window."""
-        if self._k is not None and self._v is not None:
-            self._store(
-                storage.settle(self._k, self.kv_cache, self._k_codec),
-                storage.settle(self._v, self.kv_cache, self._v_codec),
-            )
+    def settle(self, length: int | None = None, among_first: int | None = None) -> None:
+        """Pack what has left the recent window; arguments as for `storage.settle`."""
+        settle([self], length, among_first)
 
     def get_seq_length(self) -> int:
         """Tokens held."""
@@ -228,6 +227,31 @@ class CompressedLayer(DynamicLayer):
 
     def _as_tensor(self, view: KVView) -> torch.Tensor:
         return KVHandle(view, self.stats) if view.packed else view.recent
+
+
+def settle(layers: Iterable[object], length: int | None = None, among_first: int | None = None) -> None:
+    """Pack what has left the recent window of several layers, at once where they have the same codec.
+
+    Args:
+        layers: The compressed ones of them hold as many tokens each.
+        length: As for `storage.settle`.
+        among_first: Likewise.
+    """
+    alike: dict[object, list[CompressedLayer]] = {}
+    for layer in layers:
+        if isinstance(layer, CompressedLayer) and layer._k is not None:
+            alike.setdefault((layer._k_codec, layer._v_codec, layer.device), []).append(layer)
+    for group in alike.values():
+        first = group[0]
+        sides = [
+            storage.settle([view for view in views if view is not None], first.kv_cache, codec, length, among_first)
+            for views, codec in (
+                ([layer._k for layer in group], first._k_codec),
+                ([layer._v for layer in group], first._v_codec),
+            )
+        ]
+        for layer, k, v in zip(group, *sides, strict=True):
+            layer._store(k, v)
 
 
 class PlainLayer(DynamicLayer):

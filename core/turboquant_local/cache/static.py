@@ -109,7 +109,7 @@ class StaticStorage:
             views = [side.used(place, self._in_use) for side in sides]
             if first:
                 codecs = (layer._k_codec, layer._v_codec)
-                views = [storage.settle(x, self._config, codec) for x, codec in zip(views, codecs, strict=True)]
+                views = [storage.settle([x], self._config, codec)[0] for x, codec in zip(views, codecs, strict=True)]
             layer._store(*views)
         cache.layers, self._layers = list(self._layers), []
         self.count_in(cache)

@@ -7,7 +7,7 @@ again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -68,42 +68,85 @@ def empty(like: torch.Tensor) -> KVView:
     return KVView(nothing, None, None, nothing)
 
 
-def append(view: KVView, x: torch.Tensor) -> KVView:
-    """Add new tokens at the end, in the model's dtype."""
+class Room:
+    """Memory for the exact tokens of one layer after the other, while a prompt goes through each in pieces.
+
+    What is there stays where it is when more comes. Tokens lie as a projection leaves them; so strides are those of
+    every prompt, for which attention may have a plan already.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        """Make room, taken with the first of so many tokens."""
+        self._tokens = tokens
+        self._memory: torch.Tensor | None = None
+
+    def append(self, held: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """All tokens of a layer: `held`, returned before, and new ones `[batch, num_kv_heads, tokens, head_dim]`."""
+        batch, heads, count, size = x.shape
+        if self._memory is None or self._memory.shape[1:] != (batch, heads, size):
+            self._memory = x.new_empty(self._tokens, batch, heads, size)
+        start, stop = held.shape[2], held.shape[2] + count
+        self._memory[start:stop] = x.permute(2, 0, 1, 3)
+        return self._memory[:stop].permute(1, 2, 0, 3)
+
+
+def append(view: KVView, x: torch.Tensor, room: Room | None = None) -> KVView:
+    """Add new tokens at the end, in the model's dtype; in `room`, where the others lie too, if it is given."""
+    if room is not None:
+        return replace(view, recent=room.append(view.recent, x))
     recent = torch.cat([view.recent, x], dim=2) if view.recent.shape[2] else x
     return replace(view, recent=recent)
 
 
-def settle(view: KVView, config: TurboQuantConfig, codec: SideCodec, among_first: int | None = None) -> KVView:
+def settle(
+    views: Sequence[KVView],
+    config: TurboQuantConfig,
+    codec: SideCodec,
+    length: int | None = None,
+    among_first: int | None = None,
+) -> list[KVView]:
     """Pack the tokens that have left the recent window, and own every tensor that stays.
 
     A token is first packed near, and again far once it is old: so its codes do not depend on how it arrived.
 
     Args:
-        view: May hold tensors that belong to the model; they are copied.
+        views: One side of layers that hold as many tokens each: they are packed at once, and what is new of them lies
+            in one piece of memory. They may hold tensors that belong to the model; those are copied.
         config: How many tokens stay unpacked, and near.
         codec: The codec of this side.
+        length: Tokens of the sequence, if more are to come before it is looked at.
         among_first: As for `targets`.
     """
-    target, far_target = targets(config, view.shape[2], among_first)
+    view = views[0]
+    target, far_target = targets(config, length or view.shape[2], among_first)
+    if view.statistics is None and view.shape[2] < config.sink_length + config.sample_length:
+        target = far_target = 0  # those to come belong to the sample too
     count = max(0, target - view.packed_length)
-    far_length = view.far.length if view.far else 0
-    leaving = far_target - far_length
+    leaving = far_target - (view.far.length if view.far else 0)
     if not count and leaving <= 0:
-        return replace(view, recent=_owned(view.recent))
-    sinks, recent, statistics = view.sinks, view.recent, view.statistics
-    if statistics is None:
-        sinks, recent = _owned(recent[:, :, : config.sink_length]), recent[:, :, config.sink_length :]
+        return [replace(view, recent=_owned(view.recent)) for view in views]
+    recent = _stacked([view.recent for view in views])
+    known = [view.statistics for view in views if view.statistics is not None]
+    sinks = [view.sinks for view in views]
+    if known:
+        statistics = HeadStatistics.stacked(known)
+    else:
+        first, recent = _owned(recent[:, :, : config.sink_length]), recent[:, :, config.sink_length :]
         # Always of the same tokens, so that the codes do not depend on how the prompt arrived.
         statistics = codec.statistics(recent[:, :, : config.sample_length])
-    far, near = view.far, view.near
+        sinks, known = list(first.chunk(len(views))), statistics.split(len(views))
+    near = None if view.near is None else _stacked_packed([v.near for v in views if v.near is not None], statistics)
+    far: PackedKV | None = None
     unweighted = replace(statistics, weights=None)  # near codes are fine enough to be rounded one by one
     if count:
         near = _join(near, api.quantize_kv(recent[:, :, :count], codec.near, unweighted))
     if near is not None and leaving > 0:
-        far = _join(far, api.requantize_kv(near.tokens(0, leaving), codec.far, statistics))
+        far = api.requantize_kv(near.tokens(0, leaving), codec.far, statistics)
         near = near.tokens(leaving, near.length) if leaving < near.length else None
-    return KVView(sinks, _owned_packed(far), _owned_packed(near), _owned(recent[:, :, count:]), statistics)
+    new_far, new_near = (_split(_owned_packed(part), known) for part in (far, near))
+    left = _owned(recent[:, :, count:]).chunk(len(views))
+    joined = (old.far if new is None else _join(old.far, new) for old, new in zip(views, new_far, strict=True))
+    return [KVView(*parts) for parts in zip(sinks, joined, new_near, left, known, strict=True)]
 
 
 def crop(view: KVView, length: int) -> KVView:
@@ -157,6 +200,34 @@ def _join(first: PackedKV | None, second: PackedKV) -> PackedKV:
     if first.scales is not None and second.scales is not None:
         scales = torch.cat([first.scales, second.scales], dim=2)
     return replace(first, codes=torch.cat([first.codes, second.codes], dim=2), scales=scales)
+
+
+def _stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+def _stacked_packed(parts: Sequence[PackedKV], statistics: HeadStatistics) -> PackedKV:
+    """Of several layers; `statistics` are those of all of them."""
+    scales = [part.scales for part in parts if part.scales is not None]
+    return replace(
+        parts[0],
+        codes=_stacked([part.codes for part in parts]),
+        scales=_stacked(scales) if scales else None,
+        scale_unit=None if parts[0].scale_unit is None else statistics.scale_unit,
+        mean=statistics.mean,
+    )
+
+
+def _split(packed: PackedKV | None, statistics: Sequence[HeadStatistics]) -> Sequence[PackedKV | None]:
+    """The layers of `_stacked_packed`, each with its own statistics."""
+    count = len(statistics)
+    if packed is None:
+        return [None] * count
+    scales = [None] * count if packed.scales is None else packed.scales.chunk(count)
+    return [
+        PackedKV(packed.quantizer, codes, scale, None if packed.scale_unit is None else own.scale_unit, own.mean)
+        for codes, scale, own in zip(packed.codes.chunk(count), scales, statistics, strict=True)
+    ]
 
 
 def _cropped(packed: PackedKV | None, length: int) -> PackedKV | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,20 @@ class HeadStatistics:
     mean: torch.Tensor | None = None
     weights: torch.Tensor | None = None
     scale_unit: torch.Tensor | None = None
+
+    @staticmethod
+    def stacked(parts: Sequence[HeadStatistics]) -> HeadStatistics:
+        """Those of several batches, one behind the other."""
+        if len(parts) == 1:
+            return parts[0]
+        fields = zip(*((part.mean, part.weights, part.scale_unit) for part in parts), strict=True)
+        return HeadStatistics(*(None if xs[0] is None else torch.cat(xs) for xs in fields))
+
+    def split(self, count: int) -> list[HeadStatistics]:
+        """So many equal parts of the batch, as views."""
+        fields = (self.mean, self.weights, self.scale_unit)
+        parts = ([None] * count if x is None else x.chunk(count) for x in fields)
+        return [HeadStatistics(*own) for own in zip(*parts, strict=True)]
 
 
 def head_statistics(x: torch.Tensor, *, center: bool, weigh: bool, unit: bool) -> HeadStatistics:

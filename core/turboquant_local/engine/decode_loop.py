@@ -16,6 +16,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from turboquant_local.cache import TurboQuantCache
+from turboquant_local.cache.layer import settle
 from turboquant_local.cache.static import StaticStorage, begins_packing, forget_buffers, static_refusal, window_length
 from turboquant_local.engine.decode_step import DecodeStep, forward
 from turboquant_local.engine.prefill import prefill
@@ -103,7 +104,8 @@ class DecodeLoop:
         choose, fetch = _chooser(sampling), _Fetch(prompt.device)
         if self._storage is not None and self._storage.far_capacity > _KEPT:
             self.release(cache)
-        scores = prefill(model, cache, prompt[:, held:], max(0, cache.window_start(length - 1) - held))
+        split = max(0, cache.window_start(length - 1) - held)
+        scores = prefill(model, cache, prompt[:, held:], split, settled=False)
         storage: StaticStorage | None = None
         how = ""
         with getattr(model, "_optimize_model_for_decode", nullcontext)():
@@ -114,7 +116,10 @@ class DecodeLoop:
                 fetch.start(token)
                 # A token is read before something slow, or something that cannot be taken back, is done for the next.
                 at_once = storage is None or storage.waits or not left
-                if at_once and (read(fetch.wait()) or not left):
+                ends = at_once and (read(fetch.wait()) or not left)
+                if storage is None:
+                    settle(cache.layers)  # what the prompt has left: its first token is out
+                if ends:
                     break
                 if at_once:
                     storage = self._made_ready(model, cache, storage, left)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from itertools import pairwise
 from typing import Any, Final
@@ -17,19 +17,30 @@ from typing import Any, Final
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from turboquant_local.cache import TurboQuantCache
-from turboquant_local.cache.layer import CompressedLayer
+from turboquant_local.cache import TurboQuantCache, storage
+from turboquant_local.cache.layer import CompressedLayer, settle
 from turboquant_local.engine.decode_step import forward
+from turboquant_local.engine.prefill_fusion import fused
 
-_PIECE: Final = 8192
-"""Tokens a layer takes at once on a GPU: as fast as more, and small beside a prompt that needs it."""
+_PIECE: Final = 16_384
+"""Tokens a layer takes at once on a GPU: nearly as fast as more, and small beside a prompt that needs it. For every
+length of a piece, and of what lies before it, cuDNN makes a plan in each thread, which takes 40 ms."""
+
+_TOGETHER: Final = 2048
+"""So many tokens, at most, are packed for all layers at once, which until then hold them as they are. More would take
+much memory; and the time it takes to launch the packing of every layer is hidden behind them."""
 
 _PER_TOKEN: Final = ("position_ids", "position_embeddings")
 """What a layer is given for every token, beside the hidden states; the second dimension counts tokens."""
 
 
 def prefill(
-    model: Any, cache: TurboQuantCache, ids: torch.Tensor, split: int, piece: int | None = None
+    model: Any,
+    cache: TurboQuantCache,
+    ids: torch.Tensor,
+    split: int,
+    piece: int | None = None,
+    settled: bool = True,
 ) -> torch.Tensor:
     """Run tokens into a cache; returns float32 scores `[1, vocab_size]` of the token behind them.
 
@@ -39,15 +50,41 @@ def prefill(
         ids: `[1, length]`.
         split: The first so many are run alone, and packed before the others are run.
         piece: Most tokens of the first part that a layer takes at once, where a model allows for it.
+        settled: Pack what the last tokens push out of the window. If not, `cache.layer.settle` is to be called: the
+            scores come sooner.
     """
+    length = cache.get_seq_length() + ids.shape[1]
     piece = piece or (_PIECE if ids.is_cuda else ids.shape[1])  # elsewhere attention to pieces needs a mask
-    pairs = _pairs(model, cache) if split and cache.get_seq_length() == 0 else []
-    if not pairs:
-        if 0 < split < ids.shape[1]:
-            forward(model, cache, ids[:, :split])
-            ids = ids[:, split:]
-        return forward(model, cache, ids)
-    pieces = _Pieces(sorted({*range(0, split, piece), split, ids.shape[1]}), split)
+    with fused(model) if ids.is_cuda else nullcontext():
+        for part in (ids[:, :split], ids[:, split:]):
+            if part.shape[1] > min(_TOGETHER, piece):
+                scores = _layer_by_layer(model, cache, part, length, piece)
+            elif part.shape[1]:
+                scores = _all_at_once(model, cache, part, length, settled)
+    return scores
+
+
+def _all_at_once(model: Any, cache: TurboQuantCache, ids: torch.Tensor, length: int, settled: bool) -> torch.Tensor:
+    """Run tokens; pack, before and behind them, what `CompressedLayer.update` would pack in every layer by itself."""
+    held = cache.get_seq_length()
+    layers = [layer for layer in cache.layers if isinstance(layer, CompressedLayer)]
+    if held and not any(layer.is_packed for layer in layers):
+        return forward(model, cache, ids)  # what is packed first may take its statistics from these tokens too
+    settle(layers, held + ids.shape[1], among_first=held)
+    for layer in layers:
+        layer.packs = False
+    scores = forward(model, cache, ids)
+    for layer in layers:
+        layer.packs = True
+    if settled or cache.get_seq_length() < length:
+        settle(layers, length, among_first=held + ids.shape[1])
+    return scores
+
+
+def _layer_by_layer(model: Any, cache: TurboQuantCache, ids: torch.Tensor, length: int, piece: int) -> torch.Tensor:
+    """Run tokens, in pieces if the cache is empty and the model's layers are plain ones."""
+    pairs = _pairs(model, cache) if cache.get_seq_length() == 0 else []
+    pieces = _Pieces(cache, list(pairwise((*range(0, ids.shape[1], piece), ids.shape[1]))), length)
     with ExitStack() as stack:
         for layer, store in pairs:
             layer.forward = pieces.of(layer.forward, store, last=store is pairs[-1][1])
@@ -75,10 +112,11 @@ def _is_plain(layer: torch.nn.Module) -> bool:
 class _Pieces:
     """What the layers of a model become while a prompt goes through them."""
 
-    def __init__(self, bounds: list[int], split: int) -> None:
-        self._bounds = list(pairwise(bounds))
-        self._split = split
-        self._hidden: torch.Tensor | None = None  # made here: the next layer may write over it
+    def __init__(self, cache: TurboQuantCache, bounds: list[tuple[int, int]], length: int) -> None:
+        self._cache = cache
+        self._bounds = bounds
+        self._length = length
+        self._rooms = storage.Room(bounds[-1][1]), storage.Room(bounds[-1][1])
 
     def of(self, original: Callable[..., torch.Tensor], store: CompressedLayer, last: bool) -> Callable[..., Any]:
         """A layer that takes pieces; the last one returns its last token alone, as nobody reads the others."""
@@ -87,19 +125,19 @@ class _Pieces:
             length = hidden_states.shape[1]
             per_token = tree_leaves([given.get(name) for name in _PER_TOKEN])
             fits = all(x is None or (x.dim() > 1 and x.shape[1] == length) for x in per_token)
-            if args or given.get("attention_mask") is not None or not fits:
+            # The model may be shared: another thread's tokens are for another cache.
+            ours = given.get("past_key_values") is self._cache
+            if not ours or args or given.get("attention_mask") is not None or not fits:
                 return original(hidden_states, *args, **given)
-            if self._hidden is None:
-                self._hidden = torch.empty_like(hidden_states)
+            store.packs, store.rooms = False, self._rooms
             for start, stop in self._bounds:
                 cut = partial(_cut, part=slice(start, stop))
                 some = given | {name: tree_map(cut, given[name]) for name in _PER_TOKEN if name in given}
-                store.packs = stop > self._split
-                self._hidden[:, start:stop] = original(cut(hidden_states), **some)
-                if stop == self._split:
-                    store.packs = True
-                    store.settle()
-            return self._hidden[:, -1:] if last else self._hidden
+                # Nobody reads what the layer before has made, or the embeddings, once more.
+                hidden_states[:, start:stop] = original(cut(hidden_states), **some)
+            store.packs, store.rooms = True, None
+            store.settle(self._length, among_first=length)
+            return hidden_states[:, -1:] if last else hidden_states
 
         return run
 
