@@ -42,6 +42,12 @@ def lowered(channel, BITS: tl.constexpr):
     return tl.exp2(-(channel % (8 // _width(BITS)) * _width(BITS)).to(tl.float32))
 
 
+@triton.jit
+def spacing(table, BITS: tl.constexpr):
+    """Distance of neighbouring levels of a uniform grid."""
+    return (tl.load(table + (2**BITS - 1)) - tl.load(table)) / (2**BITS - 1)
+
+
 @triton.constexpr_function
 def _assembly(bits: int, slots: int) -> tuple[str, str, tuple[tl.dtype, ...], int]:
     """PTX from packed elements to levels, its constraints, types of its results, and how many elements it takes.

@@ -11,7 +11,7 @@ import triton
 from turboquant_local.codec.quantizer import MSEQuantizer
 from turboquant_local.kernels.layout import KVView, PackedKV
 from turboquant_local.kernels.triton.decode_kernels import OTHER_TILES, attend
-from turboquant_local.kernels.triton.devices import counters, multiprocessors, unserved
+from turboquant_local.kernels.triton.devices import counters, launch_early, multiprocessors, unserved
 
 MAX_Q_LENGTH = 8
 BITS = (1, 2, 3, 4, 6, 8, 16)
@@ -35,7 +35,7 @@ class Launch:
     tokens: int = 32
     stages: int = 3
     waves: float = 2
-    near: int = 2
+    near: int = 3
     registers: int = 0
 
 
@@ -131,9 +131,10 @@ def attention(
         SINK=sink_logits is not None,
         W=launch.warps, BN=launch.tokens, STAGES=launch.stages, FAST=fast,
         COLUMNS=min(k_padded, launch.warps * 2**12 // k_padded),
-        SHARES=max(1, launch.warps * 2**12 // (v_padded * most_rows)),
+        SHARES=min(32 if shares > 16 and most_rows > 2 else 16, max(1, launch.warps * 2**12 // (v_padded * most_rows))),
         V_COLUMNS=min(v_padded, launch.warps * 2**12 // v_padded) if v_part.quantizer.bits < 16 else v_padded,
         num_warps=launch.warps, **({"maxnreg": launch.registers} if launch.registers else {}),
+        **launch_early(query.device),
     )  # fmt: skip
     return result
 

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from turboquant_local.kernels.triton.codes import UNIT, centre, lowered
+from turboquant_local.kernels.triton.codes import UNIT, centre, lowered, spacing
+from turboquant_local.kernels.triton.early import ask_for, let_next_start, wait
 from turboquant_local.kernels.triton.queries import QUERY_LIFT, merge, rotated
 from turboquant_local.kernels.triton.softmax import INFINITY, finish, softmax_step, visible
 from turboquant_local.kernels.triton.tiles import (
@@ -30,8 +31,10 @@ def _sinks_and_recent(
     stride_mh, stride_mq, stride_mk, out, lse,
     KD: tl.constexpr, KDP: tl.constexpr, VD: tl.constexpr, VDP: tl.constexpr, NR: tl.constexpr, Q_LENGTH: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, W: tl.constexpr, BN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """The tokens that are not packed: the first and the last of all."""
+    wait(EARLY)
     ROWS: tl.constexpr = row.shape[0]
     m = tl.full([W, ROWS], -INFINITY, tl.float32)
     total = tl.zeros([W, BN, ROWS], tl.float32)
@@ -116,7 +119,7 @@ def _packed(
     KIND: tl.constexpr, ORDER: tl.constexpr, MEAN: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
     W: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr,
-    K_TERMS: tl.constexpr, Q_TERMS: tl.constexpr, COLUMNS: tl.constexpr,
+    K_TERMS: tl.constexpr, Q_TERMS: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Packed tokens `first` to `end` of a part; see `attend`."""
     K_BITS: tl.constexpr = KIND[0]
@@ -131,11 +134,14 @@ def _packed(
     v_codes += (batch * v_stride_b + kv_head * v_stride_h) * (VD if V_BITS == 16 else VD * V_BITS // 8)
     k_scales += batch * ks_stride_b + kv_head * ks_stride_h
     v_scales += batch * vs_stride_b + kv_head * vs_stride_h
+    ask_for(k_codes, first, end, KD * K_BITS // 8, W * BN, EARLY)
+    ask_for(v_codes, first, end, VD * V_BITS // 8, W * BN, EARLY)
+    wait(EARLY)
     # all that is to be read, before anything waits
     k_unit = tl.log2(tl.load(k_units + pair)) if K_SCALES == "byte" or K_SCALES == "bytes" else 0.0
     v_unit = tl.log2(tl.load(v_units + pair)) if V_SCALES == "byte" or V_SCALES == "bytes" else 0.0
-    k_step = _step(k_table, K_BITS) if K_GRID else 1.0
-    v_step = _step(v_table, V_BITS) / UNIT if V_GRID else 1.0
+    k_step = spacing(k_table, K_BITS) if K_GRID else 1.0
+    v_step = spacing(v_table, V_BITS) / UNIT if V_GRID else 1.0
     dtype: tl.constexpr = tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16
     ROWS: tl.constexpr = row.shape[0]
     coefficient = tl.full([ROWS], 0.0, tl.float32)
@@ -156,11 +162,11 @@ def _packed(
         coefficient = norm * (factor / QUERY_LIFT)
         x *= QUERY_LIFT
         if K_GRID:
-            low = lowered(channels, K_BITS)[:, None]
+            low = lowered(channels, K_BITS)
             coefficient *= k_step
-            x = (x * low).to(dtype)
+            x = (x * low[:, None]).to(dtype)
             if centre(K_BITS, True, dtype == tl.float32) > 0:  # of the rounded query
-                middle = tl.sum(x.to(tl.float32) / low, 0) * coefficient * centre(K_BITS, True, False)
+                middle = tl.sum(x.to(tl.float32) * (1 / low)[:, None], 0) * coefficient * centre(K_BITS, True, False)
             coefficient /= UNIT
         query = tl.broadcast_to(x.to(dtype)[None, :, :], [W, KDP, ROWS])
     whole = (end - first) // (W * BN) * (W * BN)
@@ -186,12 +192,6 @@ def _packed(
     finish(m, total, acc, tl.max(sums, 1) / 2, low, v_step, place, out, lse, tl.arange(0, ROWS), valid, VDP, NR)
 
 
-@triton.jit
-def _step(table, BITS: tl.constexpr):
-    """Distance of neighbouring levels of a uniform grid."""
-    return (tl.load(table + (2**BITS - 1)) - tl.load(table)) / (2**BITS - 1)
-
-
 STRIDES = ("k_b", "k_h", "k_scales_b", "k_scales_h", "v_b", "v_h", "v_scales_b", "v_scales_h")
 NUMBERS = (
     *("far_" + name for name in STRIDES), *("near_" + name for name in STRIDES), "mask_b", "mask_h", "mask_q", "mask_k",
@@ -212,7 +212,7 @@ def attend(
     MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
     K_TERMS: tl.constexpr, V_TERMS: tl.constexpr, Q_TERMS: tl.constexpr, SINK: tl.constexpr,
     W: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr,
-    COLUMNS: tl.constexpr, SHARES: tl.constexpr, V_COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, SHARES: tl.constexpr, V_COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Attend to one share of one KV head's tokens, for up to ROWS of its queries.
 
@@ -226,9 +226,10 @@ def attend(
     over batch and heads. FAR and NEAR are bits, whether the codebook is a grid, and how scales are read, of keys and of
     values, or None if there is no such part. `lengths` are the tokens in use of sinks, far, near and recent on the
     device, read with LENGTHS: then the numbers of that name are capacities.
-    `out` is `[batch * KV_HEADS, chunks, shares, VDP, NR]`, but for the first share in the space and the order of the
+    `out` is `[batch * KV_HEADS, chunks, shares, NR, VDP]`, but for the first share in the space and the order of the
     far values' codes, or of the near ones if there are no far ones; `lse` is the same without VDP.
     """
+    let_next_start(EARLY)
     pair = tl.program_id(0).to(tl.int64)
     batch = pair // KV_HEADS
     kv_head = pair % KV_HEADS
@@ -256,13 +257,16 @@ def attend(
     number = pair * tl.num_programs(2) + tl.program_id(2)
     lse += number * shares * NR
     out += number * shares * (VDP * NR)
-    ORDER: tl.constexpr = NEAR[3] if FAR is None else FAR[3]
+    KIND: tl.constexpr = NEAR if FAR is None else FAR
+    ORDER: tl.constexpr = KIND[3]
+    ask_for(k_rotation, 0, KD, KD * k_rotation.dtype.element_ty.primitive_bitwidth // 8, KD, EARLY and KIND[0] < 16)
+    ask_for(v_rotation, 0, VD, VD * v_rotation.dtype.element_ty.primitive_bitwidth // 8, VD, EARLY and ORDER < 16)
     if program == 0:
         _sinks_and_recent(
             q, k_sinks, k_recent, v_sinks, v_recent, mask,
             row, valid, head, token, sinks, recent, kv_length, factor, softcap,
             mask_h, mask_q, mask_k, out, lse,
-            KD, KDP, VD, VDP, NR, Q_LENGTH, MASK, CAUSAL, SOFTCAP, W, BN,
+            KD, KDP, VD, VDP, NR, Q_LENGTH, MASK, CAUSAL, SOFTCAP, W, BN, EARLY,
         )  # fmt: skip
     if NEAR is not None and program > 0 and program < others:
         strides = (
@@ -276,7 +280,7 @@ def attend(
             near_length, sinks + far_length, kv_length, factor, softcap, mask_h, mask_q, mask_k,
             out + program * (VDP * NR), lse + program * NR,
             KD, KDP, VD, VDP, NR, Q_LENGTH, NEAR, ORDER, MEAN, MASK, CAUSAL, SOFTCAP, W, BN, 1, FAST,
-            K_TERMS, Q_TERMS, COLUMNS,
+            K_TERMS, Q_TERMS, COLUMNS, EARLY,
         )  # fmt: skip
     if FAR is not None and program >= apart:
         strides = far_k_b, far_k_h, far_k_scales_b, far_k_scales_h, far_v_b, far_v_h, far_v_scales_b, far_v_scales_h
@@ -292,7 +296,7 @@ def attend(
             far_length, sinks, kv_length, factor, softcap, mask_h, mask_q, mask_k,
             out + (others + share) * (VDP * NR), lse + (others + share) * NR,
             KD, KDP, VD, VDP, NR, Q_LENGTH, FAR, ORDER, MEAN, MASK, CAUSAL, SOFTCAP, W, BN, STAGES, FAST,
-            K_TERMS, Q_TERMS, COLUMNS,
+            K_TERMS, Q_TERMS, COLUMNS, EARLY,
         )  # fmt: skip
     tl.debug_barrier()
     if tl.atomic_add(done + number, 1, sem="acq_rel") == tl.num_programs(1) - 1:

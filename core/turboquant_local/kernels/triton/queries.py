@@ -25,11 +25,6 @@ def _product(a, b, acc, TERMS: tl.constexpr):
 
 
 @triton.jit
-def _add_both(a, b, c, d):
-    return a + c, b + d
-
-
-@triton.jit
 def rotated(
     q, rotation, mean, row, valid, channels, D: tl.constexpr, DP: tl.constexpr,
     MEAN: tl.constexpr, TERMS: tl.constexpr, Q_TERMS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -53,28 +48,31 @@ def rotated(
     Returns:
         `[DP, ROWS]` float32, every query divided by its norm, the norms, and the queries' products with the mean.
     """
-    square = tl.zeros([row.shape[0]], tl.float32)
-    along = tl.zeros([row.shape[0]], tl.float32)
-    x = tl.zeros([DP, row.shape[0]], tl.float32)
+    ROWS: tl.constexpr = row.shape[0]
+    # By products too: a reduction among warps waits five times.
+    squares = tl.zeros([ROWS, ROWS], tl.float32)
+    along = tl.zeros([16, ROWS], tl.float32)
+    x = tl.zeros([DP, ROWS], tl.float32)
     for start in tl.static_range(0, DP, COLUMNS):
         k = start + tl.arange(0, COLUMNS)
         matrix = rotation + channels[:, None] * D + k[None, :]
         inside = (channels < D)[:, None] & (k < D)[None, :]
         first = tl.load(matrix, mask=inside, other=0.0)
         part = tl.load(q + row[None, :] * D + k[:, None], mask=valid[None, :] & (k < D)[:, None], other=0.0)
-        middle = tl.load(mean + k, mask=(k < D) & MEAN, other=0.0)  # before anything waits
+        turned = tl.load(q + row[:, None] * D + k[None, :], mask=valid[:, None] & (k < D)[None, :], other=0.0)
+        squares = tl.dot(turned, part, acc=squares, input_precision="ieee")
+        if MEAN:
+            rows = tl.zeros([16, 1], tl.int32) + k[None, :]
+            middle = tl.load(mean + rows, mask=rows < D, other=0.0)
+            along = tl.dot(middle, part, acc=along, input_precision="ieee")
         part = part.to(tl.float32)
         x = _product(first, part, x, Q_TERMS)
         if TERMS > 1:
             x = _product(tl.load(matrix + D * D, mask=inside, other=0.0), part, x, 1)
-        if MEAN:
-            more, further = tl.reduce((part * part, part * middle.to(tl.float32)[:, None]), 0, _add_both)  # waits once
-            along += further
-        else:
-            more = tl.sum(part * part, 0)
-        square += more
+    i = tl.arange(0, ROWS)
+    square = tl.sum(tl.where(i[:, None] == i[None, :], squares, 0.0), 0)
     norm = tl.maximum(tl.sqrt(square), 1e-30)
-    return x * (1 / norm)[None, :], norm, along
+    return x * (1 / norm)[None, :], norm, tl.max(along, 0)
 
 
 @triton.jit
@@ -95,7 +93,7 @@ def merge(
     """Merge the shares of some queries, and rotate what came from codes back.
 
     Args:
-        out: `[shares, DP, NR]`, as `decode_kernels.attend` leaves it.
+        out: `[shares, NR, DP]`, as `decode_kernels.attend` leaves it.
         lse: `[shares, NR]`.
         sink_logits: `[q_heads]`, or anything where SINK is false.
         rotation: `[TERMS, D, D]`, or anything where BITS is 16.
@@ -114,42 +112,61 @@ def merge(
         SHARES: Shares read at once.
         COLUMNS: Coordinates of the result made at once; all with 16 bits.
     """
-    r = tl.arange(0, NR)
-    entry = tl.arange(0, DP * NR)
-    there = (value_channels(entry // NR, D, DP, BITS) < D) & (entry % NR < present)
-    i = tl.arange(0, SHARES)
-    top = tl.full([NR], -INFINITY, tl.float32)
-    mass = tl.full([NR], 0.0, tl.float32)
+    QUADS: tl.constexpr = DP * NR // 4
+    r = tl.arange(0, QUADS) // (DP // 4)  # every quad of values has a softmax of its own: no thread waits for others
+    top = tl.full([QUADS], -INFINITY, tl.float32)
+    mass = tl.full([QUADS], 0.0, tl.float32)
     if SINK:
         top = tl.load(sink_logits + (first_head + tl.minimum(r, present - 1)) // Q_LENGTH).to(tl.float32) * LOG2E
         mass += 1.0
-    coded = tl.zeros([DP * NR], tl.float32)
+    coded = tl.zeros([QUADS, 4], tl.float32)
+    i = tl.arange(0, SHARES)[None, :]
+    entry = tl.arange(0, QUADS)[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
     plain = tl.load(lse + r, mask=r < present, other=-INFINITY, cache_modifier=".cg")
+    count = tl.where(r < present, shares, 0)[:, None]
     for start in range(0, shares, SHARES):
         share = start + i
-        known = ((share > 0) & (share < shares))[:, None] & there[None, :]
-        x = tl.load(out + share[:, None] * (DP * NR) + entry[None, :], mask=known, other=0.0, cache_modifier=".cg")
-        have = (share < shares)[:, None] & (r < present)[None, :]
-        part = tl.load(lse + share[:, None] * NR + r[None, :], mask=have, other=-INFINITY, cache_modifier=".cg")
-        new = tl.maximum(top, tl.max(part, 0))
+        known = (share < count)[:, :, None]
+        if D < DP:
+            known &= value_channels(entry % DP, D, DP, BITS) < D
+        at = out + start * (DP * NR) + (i[:, :, None] * (DP * NR) + entry)
+        x = tl.load(at, mask=known, other=0.0, cache_modifier=".cg")
+        part = tl.load(lse + start * NR + (i * NR + r[:, None]), share < count, other=-INFINITY, cache_modifier=".cg")
+        new = tl.maximum(top, tl.max(part, 1))
         base = tl.where(new == -INFINITY, 0.0, new)
         decay = tl.exp2(top - base)
-        weight = tl.exp2(part - base[None, :])
-        mass = mass * decay + tl.sum(weight, 0)
-        every = tl.reshape(tl.broadcast_to(weight[:, None, :], [SHARES, DP, NR]), [SHARES, DP * NR])
-        coded = coded * tl.reshape(tl.broadcast_to(decay[None, :], [DP, NR]), [DP * NR]) + tl.sum(every * x, 0)
+        part = tl.exp2(part - base[:, None])
+        mass = mass * decay + tl.sum(part, 1)
+        part = tl.where(share > 0, part, 0.0)  # the first share is not coded
+        coded = coded * decay[:, None] + tl.sum(x * part[:, :, None], 1)
         top = new
     inverse = 1 / tl.where(mass > 0, mass, 1.0)
-    plain = (tl.exp2(plain - tl.where(top == -INFINITY, 0.0, top)) * inverse)[None, :]
-    coded = tl.reshape(coded * tl.reshape(tl.broadcast_to(inverse[None, :], [DP, NR]), [DP * NR]), [DP, NR])
+    plain = tl.exp2(plain - tl.where(top == -INFINITY, 0.0, top)) * inverse
+    plain = tl.max(tl.reshape(plain, [NR, DP // 4]), 1)[None, :]
+    coded = tl.permute(tl.reshape(coded * inverse[:, None], [NR, DP]), [1, 0])
+    r = tl.arange(0, NR)
     for start in tl.static_range(0, DP, COLUMNS):
         c = start + tl.arange(0, COLUMNS)
         inside = (c < D)[:, None] & (r < present)[None, :]
-        x = tl.load(out + c[:, None] * NR + r[None, :], mask=inside, other=0.0, cache_modifier=".cg") * plain
+        x = tl.load(out + c[:, None] + r[None, :] * DP, mask=inside, other=0.0, cache_modifier=".cg") * plain
         if BITS == 16:
             x += coded
         else:
-            x = _product(_block(rotation, start, D, DP, BITS, COLUMNS), coded, x, 2)
+            x += _turned(_block(rotation, start, D, DP, BITS, COLUMNS), coded)
             if TERMS > 1:
-                x = _product(_block(rotation + D * D, start, D, DP, BITS, COLUMNS), coded, x, 1)
+                x += _turned(_block(rotation + D * D, start, D, DP, BITS, COLUMNS), coded)
         tl.store(result + (first_row + r)[None, :] * D + c[:, None], x.to(result.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _turned(matrix, x):
+    """`matrix @ x`, with x in float32 rounded to two terms of the matrix' type if that is a 16-bit one."""
+    if matrix.dtype == tl.float32:
+        y = tl.dot(matrix, x, input_precision="ieee")
+    else:  # both terms by one product: side by side they fill its columns
+        high = x.to(matrix.dtype)
+        both = tl.join(high, (x - high.to(tl.float32)).to(matrix.dtype))
+        y = tl.dot(matrix, tl.reshape(both, [x.shape[0], 2 * x.shape[1]]))
+        one, other = tl.split(tl.reshape(y, [matrix.shape[0], x.shape[1], 2]))
+        y = one + other
+    return y

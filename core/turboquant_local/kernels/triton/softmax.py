@@ -78,7 +78,7 @@ def finish(
         low: See `codes.lowered`, `[DP]`.
         step: What the values are to be multiplied by.
         place: Where each channel is to lie, `[DP]`.
-        out: Where this share is to lie, `[DP, NR]`.
+        out: Where this share is to lie, `[NR, DP]`.
         lse: Likewise, `[NR]`.
         row: Number of every query, `[ROWS]`.
         valid: Which of them there are.
@@ -102,5 +102,5 @@ def finish(
         x = _halved(x)
     else:
         x = tl.reshape(x, [DP, ROWS])
-    tl.store(out + place[:, None] * NR + row[None, :], x, mask=valid[None, :] & (place >= 0)[:, None])
+    tl.store(out + place[:, None] + row[None, :] * DP, x, mask=valid[None, :] & (place >= 0)[:, None])
     tl.store(lse + row, tl.where(seen, top + tl.log2(tl.where(seen, mass, 1.0)), -INFINITY), mask=valid)
