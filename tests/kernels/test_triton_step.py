@@ -1,6 +1,9 @@
 """The kernels of a decode step round as transformers' own operations do."""
 
 import importlib.util
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from transformers.models.llama import modeling_llama
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
+from turboquant_local.kernels import api
 from turboquant_local.kernels.triton import step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,6 +42,29 @@ def test_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_of_a_sum(dtype: torch.dtype) -> None:
+    x, residual = noise(1, 1, 1100, dtype=dtype), noise(1, 1100, 1, dtype=dtype).transpose(1, 2) * 3
+    weight = noise(1100, dtype=dtype)
+    total, out = step.add_rms_norm(x, residual, weight, 1e-5)
+    tolerance = 0 if rounds_to_nearest(dtype) else 0.04
+    torch.testing.assert_close(total, residual + x, rtol=tolerance, atol=tolerance)
+    assert torch.equal(out, step.rms_norm(total, weight, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "other"), [(64, 64), (80, 128), (192, 128)])
+def test_a_token_written_into_windows(size: int, other: int, dtype: torch.dtype) -> None:
+    windows = [noise(2, 3, 5, n, dtype=dtype) for n in (size, other)]
+    states = [noise(2, 1, 3 * n, dtype=dtype).view(2, 1, 3, n).transpose(1, 2) for n in (size, other)]
+    for slot in (0, 4):
+        at = torch.tensor([slot], device=DEVICE)
+        expected = [window.index_copy(2, at, x) for window, x in zip(windows, states, strict=True)]
+        step.write(*windows, at, *states)
+        for window, truth in zip(windows, expected, strict=True):
+            assert torch.equal(window, truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [64, 80, 128])
 def test_rotation(size: int, dtype: torch.dtype) -> None:
     q, k = (noise(1, 1, heads * size, dtype=dtype).view(1, 1, heads, size).transpose(1, 2) for heads in (6, 2))
@@ -47,6 +74,43 @@ def test_rotation(size: int, dtype: torch.dtype) -> None:
         assert out.shape == truth.shape
         tolerance = 0.04 if not rounds_to_nearest(dtype) else 1e-6 if dtype == torch.float32 else 0
         torch.testing.assert_close(out, truth, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_kernels_that_start_early_wait_for_what_they_read(case: Any) -> None:
+    """A chain, each link of which reads what the one before has just written, as one graph and one by one."""
+    dtype = torch.bfloat16
+    layers = [
+        [
+            replace(side, recent=side.recent.contiguous())
+            for side in case.views(length, 8, 128, 128, dtype=dtype, batch=1)
+        ]
+        for length in range(300, 600, 40)
+    ]
+    slot, weight = torch.tensor([3], device=DEVICE), torch.ones(128, device=DEVICE, dtype=dtype)
+    query = case.queries(32, 1, 128, dtype=dtype, batch=1)
+
+    def chain(between: Callable[[], None]) -> torch.Tensor:
+        x, out = query, []
+        for keys, values in layers:
+            api.write_token(keys.recent, values.recent, slot, x[:, :8], x[:, 8:16])
+            between()
+            x = api.attention(x, keys, values, impl="triton")
+            between()
+            x = step.rms_norm(x, weight, 1e-5)
+            between()
+            out.append(x)
+        return torch.cat(out)
+
+    expected = chain(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = chain(lambda: None)
+    for _ in range(100):
+        got.zero_()
+        graph.replay()
+        assert torch.equal(got, expected)
 
 
 def test_what_is_refused() -> None:

@@ -17,6 +17,7 @@ from turboquant_local.cache.handle import KVHandle
 from turboquant_local.cache.layer import CompressedLayer
 from turboquant_local.cache.storage import SideCodec
 from turboquant_local.errors import CacheError
+from turboquant_local.kernels import api
 from turboquant_local.kernels.layout import KVView
 
 Sides = tuple[SideBuffers, SideBuffers]
@@ -239,10 +240,9 @@ class StaticLayer(CompressedLayer):
         assert self._k is not None
         assert self._v is not None
         assert self._slot is not None
-        for view, states in ((self._k, key_states), (self._v, value_states)):
-            if states.shape[2] != 1:
-                raise CacheError(f"{states.shape[2]} tokens at once: the static form takes one; give it back first")
-            view.recent.index_copy_(2, self._slot, states)
+        if key_states.shape[2] != 1:
+            raise CacheError(f"{key_states.shape[2]} tokens at once: the static form takes one; give it back first")
+        api.write_token(self._k.recent, self._v.recent, self._slot, key_states, value_states)
         return self._as_tensor(self._k), self._as_tensor(self._v)
 
     def get_seq_length(self) -> int:

@@ -40,6 +40,7 @@ def fused(model: Any) -> Iterator[int]:
             return
         count = 0
         for module in model.modules():
+            count += _exchange_sums(module, kernels, products, stack)
             if _is_norm(module, kernels):
                 forward = partial(kernels.rms_norm, weight=module.weight, eps=module.variance_epsilon)
                 module.forward = lambda x, forward=forward: forward(x)
@@ -56,7 +57,7 @@ def fused(model: Any) -> Iterator[int]:
         yield count
 
 
-def _is_norm(module: torch.nn.Module, kernels: Any) -> bool:
+def _is_norm(module: Any, kernels: Any) -> bool:
     """Whether a module is a root mean square norm as the kernel computes it, and nobody else's hook is in its place."""
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
     if weight is None or eps is None or weight.dim() != 1 or "forward" in vars(module):
@@ -86,6 +87,49 @@ def _exchange_products(module: torch.nn.Module, kernels: Any, sample: torch.Tens
     return count
 
 
+def _exchange_sums(module: Any, kernels: Any, products: Any, stack: ExitStack) -> int:
+    """Exchange a layer of attention and gated MLP, each behind a norm, so that their sums take no launch of their own.
+
+    Returns:
+        1, or 0 if it is not one.
+    """
+    names = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+    parts: dict[str, Any] = {name: getattr(module, name, None) for name in names}
+    first, attention, second, mlp = parts.values()
+    if attention is None or any("forward" in vars(part) for part in (module, attention)) or _hooked(second, mlp):
+        return 0
+    if not (_is_norm(first, kernels) and _is_norm(second, kernels)):
+        return 0
+    sample = second.weight[:0]
+    if not all(_is_linear(getattr(mlp, name, None), sample) for name in ("gate_proj", "up_proj", "down_proj")):
+        return 0
+    gated = _gated_mlp(mlp, products)
+    if gated is None:
+        return 0
+    original = module.forward
+
+    def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args or hidden_states.numel() != hidden_states.shape[-1]:
+            out: torch.Tensor = original(hidden_states, *args, **kwargs)
+            return out
+        attended, _ = attention(hidden_states=first(hidden_states), **kwargs)
+        total, x = kernels.add_rms_norm(attended, hidden_states, second.weight, second.variance_epsilon)
+        return gated(x, total)
+
+    x = _noise(1, 1, second.weight.shape[0], like=second.weight)
+    attention.forward = lambda hidden_states, **_: (hidden_states / 2, None)
+    try:
+        alike = _near(module(x), forward(x))
+    except (TypeError, ValueError, RuntimeError):  # it takes other things
+        alike = False
+    finally:
+        del attention.forward
+    if alike:
+        module.forward = forward
+        stack.callback(delattr, module, "forward")
+    return int(alike)
+
+
 def _exchange(module: torch.nn.Module, forward: Callable[..., torch.Tensor], stack: ExitStack) -> None:
     """Exchange what a module does for one token as long as the stack lasts."""
     original = module.forward
@@ -113,17 +157,21 @@ class _Product:
         return out[index]
 
 
-def _is_linear(module: torch.nn.Module, sample: torch.Tensor) -> bool:
+def _is_linear(module: Any, sample: torch.Tensor) -> bool:
     """Whether it is a linear layer and no more than that: not quantized, no adapter, nobody's hook."""
     return (
         type(module) is torch.nn.Linear
-        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+        and not (_hooked(module) or "forward" in vars(module))
         and module.weight.is_contiguous()
         and (module.weight.dtype, module.weight.device) == (sample.dtype, sample.device)
     )
 
 
-def _gated_mlp(module: Any, kernels: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def _hooked(*modules: Any) -> bool:
+    return any(module is not None and (module._forward_hooks or module._forward_pre_hooks) for module in modules)
+
+
+def _gated_mlp(module: Any, kernels: Any) -> Callable[..., torch.Tensor] | None:
     """What a module computes if it is `down(activation(gate(x)) * up(x))`."""
     gate, up, down = module.gate_proj, module.up_proj, module.down_proj
     if "forward" in vars(module) or gate.bias is not None or up.bias is not None:
@@ -132,12 +180,12 @@ def _gated_mlp(module: Any, kernels: Any) -> Callable[[torch.Tensor], torch.Tens
     expected = module(x)
     for activation in kernels.ACTIVATIONS:
 
-        def forward(x: torch.Tensor, name: str = activation) -> torch.Tensor:
-            out: torch.Tensor = down(kernels.gated(x, gate.weight, up.weight, name))
+        def forward(x: torch.Tensor, residual: torch.Tensor | None = None, name: str = activation) -> torch.Tensor:
+            inner = kernels.gated(x, gate.weight, up.weight, name)
+            out: torch.Tensor = kernels.linear(inner, [down.weight], [down.bias], residual)[0]
             return out
 
-        out = forward(x)
-        if out.shape == expected.shape and (out - expected).norm() <= 4 * _STEPS[x.dtype] * expected.norm():
+        if _near(forward(x), expected):
             return forward
     return None
 
@@ -169,6 +217,11 @@ def _with_rotary(original: Callable[..., Any], kernels: Any, device: torch.devic
 def _noise(*shape: int, like: torch.Tensor, seed: int = 0) -> torch.Tensor:
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return values.to(like.device, like.dtype)
+
+
+def _near(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two results of products are the same but for roundings on the way."""
+    return a.shape == b.shape and bool((a - b).norm() <= 4 * _STEPS[a.dtype] * b.norm())
 
 
 def _close(a: object, b: torch.Tensor) -> bool:

@@ -282,3 +282,27 @@ def attention(
             sink_logits=sink_logits,
         )
     return out
+
+
+def write_token(
+    k_window: torch.Tensor, v_window: torch.Tensor, slot: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> None:
+    """Put one token's keys and values into windows of recent tokens.
+
+    Args:
+        k_window: `[batch, num_kv_heads, tokens, head_dim]`.
+        v_window: The same of values.
+        slot: int64 `[1]` on their device: which of the tokens.
+        k: `[batch, num_kv_heads, 1, head_dim]`.
+        v: The values.
+    """
+    if k.is_cuda:
+        module = _triton("step")
+        reason = module if isinstance(module, str) else module.write_refusal(k_window, v_window, k, v)
+        if reason is None:
+            with _on(k):
+                module.write(k_window, v_window, slot, k, v)
+            return
+        _say_slower("writing a token", reason)
+    k_window.index_copy_(2, slot, k)
+    v_window.index_copy_(2, slot, v)

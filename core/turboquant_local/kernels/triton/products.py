@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from turboquant_local.kernels.triton.devices import launch_early
+from turboquant_local.kernels.triton.early import let_next_start, wait
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST = 3
@@ -86,8 +86,7 @@ def _products(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Some rows of one of the matrices; with ACTIVATION, of the first two."""
-    if EARLY:
-        gdc_launch_dependents()
+    let_next_start(EARLY)
     program = tl.program_id(0)
     if ACTIVATION is not None:
         _gated_rows(x, w0, w1, out, program * ROWS, n0, SIZE, ACTIVATION, ROWS, COLUMNS, EARLY)
@@ -122,8 +121,7 @@ def _rows(
     w += row.to(tl.int64)[:, None] * SIZE + column[None, :]
     tile = _load(w, valid, column, 0, SIZE, COLUMNS)
     bias = tl.load(b + row, mask=valid, other=0.0).to(tl.float32) if BIAS else 0.0
-    if EARLY:
-        gdc_wait()
+    wait(EARLY)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in tl.range(0, SIZE, COLUMNS):
         following = _load(w, valid, column, start + COLUMNS, SIZE, COLUMNS)
@@ -146,8 +144,7 @@ def _gated_rows(
     place = row.to(tl.int64)[:, None] * SIZE + column[None, :]
     gates = _load(gate + place, valid, column, 0, SIZE, COLUMNS)
     ups = _load(up + place, valid, column, 0, SIZE, COLUMNS)
-    if EARLY:
-        gdc_wait()
+    wait(EARLY)
     g = tl.zeros([ROWS, COLUMNS], tl.float32)
     u = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in tl.range(0, SIZE, COLUMNS):
