@@ -33,13 +33,14 @@ lint: $(STAMP) ## Check style, types and who may import whom
 bench: $(STAMP) ## Measure memory and speed on this machine's CPU, into benchmarks/results/
 	@$(BIN)/python benchmarks/bench.py $(ARGS)
 
-bench-gpu: $(STAMP) ## Measure kernels, whole generations and memory on a CUDA GPU (needed), into benchmarks/results/
+bench-gpu: $(STAMP) ## Measure kernels, whole generations and memory on a CUDA GPU (needed), into benchmarks/results/ and docs/
 	@$(BIN)/python benchmarks/decode_attention.py
 	@$(BIN)/python benchmarks/prefix_attention.py
 	@$(BIN)/python benchmarks/quantize.py
 	@$(BIN)/python benchmarks/prefill.py
 	@$(BIN)/python benchmarks/generate.py
 	@$(BIN)/python benchmarks/memory.py
+	@$(BIN)/python benchmarks/plots.py
 
 quality: $(STAMP) ## Measure what every codec costs a model, into benchmarks/results/ (quick: make quality ARGS="--windows 3")
 	@$(BIN)/python benchmarks/quality.py $(ARGS)

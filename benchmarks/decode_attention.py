@@ -2,8 +2,8 @@
 
 Every call is captured in a CUDA graph over rotating buffers that are together larger than the L2 cache, so that all of
 a layer's keys and values come from device memory. Ours is the whole call: rotation of the query, attention over what
-the preset holds (sinks, far and near packed tokens, recent window), combination and rotation back. Rows go to
-benchmarks/results/decode_attention.csv.
+the preset holds (sinks, far and near packed tokens, recent window), combination and rotation back. FlashInfer is among
+the 16-bit kernels if it is installed. Rows go to benchmarks/results/decode_attention.csv.
 
 Run: python benchmarks/decode_attention.py [--out PATH] [--quick]
 """
@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -32,6 +34,8 @@ MODELS = {"Llama-3.1-8B, Qwen3-4B": (32, 8), "Qwen2.5-7B": (28, 4)}
 HEAD_DIM = 128
 POINTS = ((1, 2048), (1, 8192), (1, 32768), (1, 131072), (8, 32768))
 PRESETS = ("balanced", "compact", "extreme")
+PAGE = 16
+"""Tokens in a page of FlashInfer."""
 RECENT = 28
 """Tokens in the window, which holds 25 to 32 of them by turns."""
 
@@ -88,6 +92,28 @@ def plain_calls(
     return size, [partial(attention, query, k, v) for k, v in sides]
 
 
+def flashinfer_calls(batch: int, heads: tuple[int, int], context: int) -> tuple[int, list[Call]]:
+    """The same by FlashInfer, over pages of 16 tokens."""
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+    pages = context // PAGE
+    decode = BatchDecodeWithPagedKVCacheWrapper(
+        torch.empty(2**28, dtype=torch.uint8, device="cuda"), "NHD", use_tensor_cores=True
+    )
+    starts, ids, last = (
+        torch.tensor(x, dtype=torch.int32, device="cuda")
+        for x in ([pages * i for i in range(batch + 1)], list(range(pages * batch)), [PAGE] * batch)
+    )
+    types = {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16}
+    decode.plan(starts, ids, last, *heads, HEAD_DIM, PAGE, **types)
+
+    def attention(query: torch.Tensor, *sides: torch.Tensor) -> torch.Tensor:
+        paged = tuple(side.view(batch * pages, PAGE, heads[1], HEAD_DIM) for side in sides)  # random in any order
+        return decode.run(query[:, :, 0], paged)
+
+    return plain_calls(batch, heads, context, attention)
+
+
 def sdpa(backend: SDPBackend, query: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """PyTorch's attention by one of its implementations."""
     with sdpa_kernel(backend):
@@ -115,11 +141,14 @@ def main() -> None:
             measured: dict[str, Callable[[], tuple[int, list[Call]]]] = {
                 name: partial(plain_calls, batch, heads, context, call) for name, call in plain.items()
             }
+            if find_spec("flashinfer"):
+                name = f"FlashInfer {version('flashinfer-python')}"
+                measured[name] = partial(flashinfer_calls, batch, heads, context)
             measured |= {f"ours {name}": partial(packed_calls, batch, heads, context, name) for name in PRESETS}
             for name, make in measured.items():
                 size, calls = make()
                 low, median, high = spread(graph_times(calls))
-                best = min(best, median) if name in plain else best
+                best = best if "ours" in name else min(best, median)
                 row = {
                     **where, "model": model, "batch": batch, "context": context, "kernel": name,
                     "us_p20": f"{low:.2f}", "us_median": f"{median:.2f}", "us_p80": f"{high:.2f}",

@@ -75,6 +75,17 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Write rows of equal keys as CSV."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def update_rows(path: Path, rows: Sequence[Mapping[str, object]], key: Sequence[str]) -> None:
+    """Write rows in place of those with the same `key` fields; others stay, if they have the same columns."""
+    kept: list[dict[str, str]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = list(csv.DictReader(file))
+    new = {tuple(str(row[name]) for name in key) for row in rows}
+    same = [row for row in kept if list(row) == list(rows[0]) and tuple(row[name] for name in key) not in new]
+    write_rows(path, [*same, *rows])
