@@ -48,7 +48,7 @@ def options(**fields: Any) -> GenerationOptions:
 
 
 def test_json_by_a_schema(engine: ChatEngine) -> None:
-    for fields in ({}, {"temperature": 1.2, "seed": 5}, {"temperature": 0.7, "top_k": 3, "top_p": 0.9}):
+    for fields in ({}, {"temperature": 1.2, "seed": 5}, {"temperature": 0.7, "top_k": 3, "top_p": 0.9, "seed": 5}):
         reply = engine.chat(CAPITAL, options=options(response_format=FORMAT, **fields))
         assert reply.finish_reason == "stop"
         Draft202012Validator(SCHEMA).validate(json.loads(reply.text))

@@ -6,11 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from transformers.cache_utils import (
-    DynamicLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionLayer,
-)
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from turboquant_local.cache import storage
 from turboquant_local.cache.handle import AttentionStats, KVHandle
