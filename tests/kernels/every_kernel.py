@@ -1,8 +1,10 @@
 """A little of everything that runs in Triton on a CUDA device, for compute-sanitizer: see test_sanitizer.py.
 
 A prompt is packed, tokens are decoded in a captured graph until more is packed, a second prompt attends to the codes,
-and the whole is decompressed.
+and the whole is decompressed. With the argument "late" no kernel starts before the one before it has ended.
 """
+
+import sys
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
@@ -11,11 +13,15 @@ from turboquant_local import TurboQuantCache
 from turboquant_local.engine.decode_loop import DecodeLoop
 from turboquant_local.engine.sampling import Sampling
 from turboquant_local.kernels import api
+from turboquant_local.kernels.triton import decode_attention, products, step
 from turboquant_local.testing import random_tokens, tiny_model
 
 
 def main() -> None:
     """Raises if anything runs in torch instead."""
+    if "late" in sys.argv:
+        for module in (decode_attention, products, step):
+            module.launch_early = lambda _: {"EARLY": False}
     model = tiny_model("llama", head_dim=64).to("cuda", torch.bfloat16)
     cache = TurboQuantCache(model.config, "compact", near_length=64)
     loop, tokens = DecodeLoop(), random_tokens(1, 300).cuda()

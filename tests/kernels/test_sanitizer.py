@@ -18,6 +18,8 @@ SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sa
 def test_compute_sanitizer_finds_nothing(tool: str) -> None:
     command = [SANITIZER, "--tool", tool, "--error-exitcode", "9", "--kernel-name-exclude", "regex=at::|nvjet|cutlass"]
     script = str(Path(__file__).parent / "every_kernel.py")
-    done = subprocess.run([*command, sys.executable, script], capture_output=True, text=True, check=False)
+    # racecheck cannot follow kernels of which one starts while the other runs: it fails by itself.
+    late = ["late"] if tool == "racecheck" else []
+    done = subprocess.run([*command, sys.executable, script, *late], capture_output=True, text=True, check=False)
     assert "every kernel ran" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
     assert done.returncode == 0, done.stdout[-2000:]
