@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-_STEPS = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}
-"""How far two roundings of one number may lie apart, relatively."""
+from turboquant_local.engine.fusion_checks import is_norm, near, noise, rotates_alike
 
 
 @contextmanager
@@ -41,7 +40,7 @@ def fused(model: Any) -> Iterator[int]:
         count = 0
         for module in model.modules():
             count += _exchange_sums(module, kernels, products, stack)
-            if _is_norm(module, kernels):
+            if is_norm(module, kernels):
                 forward = partial(kernels.rms_norm, weight=module.weight, eps=module.variance_epsilon)
                 module.forward = lambda x, forward=forward: forward(x)
                 stack.callback(delattr, module, "forward")
@@ -50,20 +49,11 @@ def fused(model: Any) -> Iterator[int]:
         files = {sys.modules[type(module).__module__] for module in model.modules()}
         for file in files:
             original = getattr(file, "apply_rotary_pos_emb", None)
-            if original is not None and _rotates_alike(original, kernels, sample):
+            if original is not None and rotates_alike(original, kernels, sample):
                 file.apply_rotary_pos_emb = _with_rotary(original, kernels, sample.device)  # type: ignore[attr-defined]
                 stack.callback(setattr, file, "apply_rotary_pos_emb", original)
                 count += 1
         yield count
-
-
-def _is_norm(module: Any, kernels: Any) -> bool:
-    """Whether a module is a root mean square norm as the kernel computes it, and nobody else's hook is in its place."""
-    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
-    if weight is None or eps is None or weight.dim() != 1 or "forward" in vars(module):
-        return False
-    x = _noise(2, weight.shape[0], like=weight)
-    return _close(module(x), kernels.rms_norm(x, weight, eps))
 
 
 def _exchange_products(module: torch.nn.Module, kernels: Any, sample: torch.Tensor, stack: ExitStack) -> int:
@@ -98,7 +88,7 @@ def _exchange_sums(module: Any, kernels: Any, products: Any, stack: ExitStack) -
     first, attention, second, mlp = parts.values()
     if attention is None or any("forward" in vars(part) for part in (module, attention)) or _hooked(second, mlp):
         return 0
-    if not (_is_norm(first, kernels) and _is_norm(second, kernels)):
+    if not (is_norm(first, kernels) and is_norm(second, kernels)):
         return 0
     sample = second.weight[:0]
     if not all(_is_linear(getattr(mlp, name, None), sample) for name in ("gate_proj", "up_proj", "down_proj")):
@@ -116,10 +106,10 @@ def _exchange_sums(module: Any, kernels: Any, products: Any, stack: ExitStack) -
         total, x = kernels.add_rms_norm(attended, hidden_states, second.weight, second.variance_epsilon)
         return gated(x, total)
 
-    x = _noise(1, 1, second.weight.shape[0], like=second.weight)
+    x = noise(1, 1, second.weight.shape[0], like=second.weight)
     attention.forward = lambda hidden_states, **_: (hidden_states / 2, None)
     try:
-        alike = _near(module(x), forward(x))
+        alike = near(module(x), forward(x))
     except (TypeError, ValueError, RuntimeError):  # it takes other things
         alike = False
     finally:
@@ -176,7 +166,7 @@ def _gated_mlp(module: Any, kernels: Any) -> Callable[..., torch.Tensor] | None:
     gate, up, down = module.gate_proj, module.up_proj, module.down_proj
     if "forward" in vars(module) or gate.bias is not None or up.bias is not None:
         return None
-    x = _noise(1, 1, gate.in_features, like=gate.weight)
+    x = noise(1, 1, gate.in_features, like=gate.weight)
     expected = module(x)
     for activation in kernels.ACTIVATIONS:
 
@@ -185,19 +175,9 @@ def _gated_mlp(module: Any, kernels: Any) -> Callable[..., torch.Tensor] | None:
             out: torch.Tensor = kernels.linear(inner, [down.weight], [down.bias], residual)[0]
             return out
 
-        if _near(forward(x), expected):
+        if near(forward(x), expected):
             return forward
     return None
-
-
-def _rotates_alike(original: Callable[..., Any], kernels: Any, sample: torch.Tensor) -> bool:
-    q, k = _noise(1, 4, 1, 16, like=sample), _noise(1, 2, 1, 16, like=sample)
-    cos, sin = _noise(1, 1, 16, like=sample, seed=1), _noise(1, 1, 16, like=sample, seed=2)
-    try:
-        expected = original(q, k, cos, sin)
-        return all(_close(a, b) for a, b in zip(expected, kernels.rotary(q, k, cos, sin), strict=True))
-    except (TypeError, ValueError, RuntimeError):  # it takes or returns other things
-        return False
 
 
 def _with_rotary(original: Callable[..., Any], kernels: Any, device: torch.device) -> Callable[..., Any]:
@@ -212,20 +192,3 @@ def _with_rotary(original: Callable[..., Any], kernels: Any, device: torch.devic
         return original(q, k, cos, sin, *args, **kwargs)
 
     return rotary
-
-
-def _noise(*shape: int, like: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return values.to(like.device, like.dtype)
-
-
-def _near(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two results of products are the same but for roundings on the way."""
-    return a.shape == b.shape and bool((a - b).norm() <= 4 * _STEPS[a.dtype] * b.norm())
-
-
-def _close(a: object, b: torch.Tensor) -> bool:
-    if not isinstance(a, torch.Tensor) or a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    step = _STEPS[a.dtype]
-    return torch.allclose(a.float(), b.float(), rtol=step, atol=step)

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from turboquant_local.engine.decode_fusion import _close, _is_norm, _noise, _rotates_alike
+from turboquant_local.engine.fusion_checks import close, is_norm, noise, rotates_alike
 
 Forward = Callable[..., torch.Tensor]
 Rotary = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -96,7 +96,7 @@ def _norm(module: torch.nn.Module, kernels: Any, dtype: torch.dtype) -> Forward 
         return out
 
     with torch.cuda.device_of(weight):
-        return forward if _is_norm(module, kernels) else None
+        return forward if is_norm(module, kernels) else None
 
 
 def _gated(module: torch.nn.Module, kernels: Any, dtype: torch.dtype) -> Forward | None:
@@ -120,9 +120,9 @@ def _gated(module: torch.nn.Module, kernels: Any, dtype: torch.dtype) -> Forward
             to.copy_(some(part))
         return out
 
-    x = _noise(2, gate_proj.in_features, like=torch.empty(0, dtype=dtype, device=gate_proj.weight.device))
+    x = noise(2, gate_proj.in_features, like=torch.empty(0, dtype=dtype, device=gate_proj.weight.device))
     try:
-        return forward if "forward" not in vars(module) and _close(module(x), forward(x)) else None
+        return forward if "forward" not in vars(module) and close(module(x), forward(x)) else None
     except Exception:  # it takes or returns other things; quantized layers each have errors of their own
         return None
 
@@ -135,7 +135,7 @@ def _exchange_rotary(file: ModuleType, kernels: Any, sample: torch.Tensor) -> bo
             return False
         if not users and original not in _turns:
             with torch.cuda.device_of(sample):
-                _turns[original] = _rotates_alike(original, kernels, sample)
+                _turns[original] = rotates_alike(original, kernels, sample)
         if not users and not _turns[original]:
             return False
         if not users:

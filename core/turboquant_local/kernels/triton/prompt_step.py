@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from turboquant_local.kernels.triton.step import _sum, refusal, rms_norm
+from turboquant_local.kernels.triton.step import refusal, rms_norm, turned
 
 __all__ = ["merge", "refusal", "rms_norm", "rotary", "swiglu"]
 
@@ -78,8 +78,8 @@ def _rotary(
     low = tl.load(source, mask=valid, other=0.0)
     high = tl.load(source + HALF, mask=valid, other=0.0)
     angle = token * (2 * HALF) + at
-    tl.store(to, _sum(low, high, -1.0, cos + angle, sin + angle, valid), mask=valid)
-    tl.store(to + HALF, _sum(high, low, 1.0, cos + HALF + angle, sin + HALF + angle, valid), mask=valid)
+    tl.store(to, turned(low, high, -1.0, cos + angle, sin + angle, valid), mask=valid)
+    tl.store(to + HALF, turned(high, low, 1.0, cos + HALF + angle, sin + HALF + angle, valid), mask=valid)
 
 
 @triton.jit

@@ -158,12 +158,13 @@ def _rotary(
     low = tl.load(x + at, mask=valid, other=0.0)
     high = tl.load(x + HALF + at, mask=valid, other=0.0)
     to = out + head * (2 * HALF) + at
-    tl.store(to, _sum(low, high, -1.0, cos + at, sin + at, valid), mask=valid)
-    tl.store(to + HALF, _sum(high, low, 1.0, cos + HALF + at, sin + HALF + at, valid), mask=valid)
+    tl.store(to, turned(low, high, -1.0, cos + at, sin + at, valid), mask=valid)
+    tl.store(to + HALF, turned(high, low, 1.0, cos + HALF + at, sin + HALF + at, valid), mask=valid)
 
 
 @triton.jit
-def _sum(a, b, sign, cos, sin, valid):
+def turned(a, b, sign, cos, sin, valid):
+    """One channel of each pair, from itself and the other, rounded where PyTorch's operations round."""
     first = a.to(tl.float32) * tl.load(cos, mask=valid, other=0.0).to(tl.float32)
     second = sign * b.to(tl.float32) * tl.load(sin, mask=valid, other=0.0).to(tl.float32)
     return (first.to(a.dtype).to(tl.float32) + second.to(a.dtype).to(tl.float32)).to(a.dtype)
