@@ -53,17 +53,22 @@ def test_layers_that_are_more_than_a_product_are_left_alone() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) * 2
 
+    class Packed(torch.Tensor):
+        pass
+
     model, ids, seen = tiny_model("llama").to(DEVICE), random_tokens(1, 1).to(DEVICE), []
     first, second = (layer.self_attn for layer in model.model.layers[:2])
     first.q_proj.register_forward_hook(lambda *_: seen.append("hook"))
     first.k_proj.__class__ = Adapted
     second.v_proj.bias = torch.nn.Parameter(torch.ones_like(second.v_proj.weight[:, 0]))
     model.model.layers[2].mlp.act_fn = torch.nn.ReLU()
+    last = model.model.layers[3].self_attn.o_proj
+    last.weight = torch.nn.Parameter(last.weight.data.as_subclass(Packed))
     expected = model(ids).logits
     with fused(model) as exchanged:
         out = model(ids).logits
     # Of the first layer v alone is a product; the second layer's three do not go together; gate and up of the third
-    # are two products.
-    assert exchanged == 30
+    # are two products; the last one's output has a weight of another class.
+    assert exchanged == 29
     assert len(seen) == 2
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)

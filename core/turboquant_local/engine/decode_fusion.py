@@ -152,6 +152,7 @@ def _is_linear(module: Any, sample: torch.Tensor) -> bool:
     return (
         type(module) is torch.nn.Linear
         and not (_hooked(module) or "forward" in vars(module))
+        and type(module.weight) is torch.nn.Parameter  # quantized weights may be tensors of a class of their own
         and module.weight.is_contiguous()
         and (module.weight.dtype, module.weight.device) == (sample.dtype, sample.device)
     )
