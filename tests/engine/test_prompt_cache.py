@@ -30,6 +30,8 @@ def test_a_long_prompt_is_really_compressed(engine: ChatEngine, long_question: A
     assert metrics.compression_ratio > 2
     assert metrics.materialized == 0
     assert sum(metrics.attention.values()) > 0
+    assert metrics.packing.keys() == {"reference"}
+    assert metrics.packing["reference"] >= 4  # near and far, keys and values; layers of one codec together
 
 
 @pytest.mark.parametrize("kv_cache", ["identity", "uncompressed"])

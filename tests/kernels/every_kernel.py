@@ -36,6 +36,7 @@ def main() -> None:
         assert loop.run(model, cache, tokens, sampling, read) == "cuda graph"
         tokens = torch.cat([torch.tensor([ids], device="cuda"), random_tokens(1, 30, seed=1).cuda()], dim=1)
     assert set(cache.stats.attention) <= {"exact", "triton"}, cache.stats.attention
+    assert set(cache.stats.packing) == {"triton"}, cache.stats.packing
     for part in (*cache.layers[0]._k.packed, *cache.layers[0]._v.packed):
         assert api.dequantize_kv(part, torch.bfloat16, impl="triton").isfinite().all()
     torch.cuda.synchronize()

@@ -8,7 +8,7 @@ import torch
 
 from turboquant_local.codec.quantizer import IdentityQuantizer, MSEQuantizer
 from turboquant_local.codec.statistics import HeadStatistics
-from turboquant_local.kernels import api, reference
+from turboquant_local.kernels import api, choice, reference
 from turboquant_local.kernels.layout import KVView
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,12 +37,12 @@ def test_kernels_run_where_the_tensors_are() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_what_torch_does_on_a_gpu_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    api._say_slower.cache_clear()
+    choice.say_slower.cache_clear()
     x, nothing = torch.ones(1, 1, 3, 64, device=DEVICE), HeadStatistics()
     with caplog.at_level(logging.WARNING):
         for quantizer in (MSEQuantizer(64, 4, codebook="lloyd_max"), IdentityQuantizer(64)):
             for _ in range(2):
-                assert api._module("quantize", "auto", True, x, quantizer, nothing) is reference
+                assert choice.packer("quantize", "auto", True, x, quantizer, nothing) is reference
     assert [record.message for record in caplog.records] == [
         "quantize runs in torch, slower and with the same result: codebook=lloyd_max: it serves grid"
     ]

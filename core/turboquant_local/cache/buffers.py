@@ -94,13 +94,14 @@ class SideBuffers:
     def pack(self, count: int, near: int, recent: int) -> None:
         """Pack the oldest of the recent tokens behind so many near ones."""
         unweighted = replace(self._statistics, weights=None)
-        packed = api.quantize_kv(self._recent[:, :, :count], self._codec.near, unweighted)
+        packed = api.quantize_kv(self._recent[:, :, :count], self._codec.near, unweighted, counted=self._codec.packing)
         _write(self._near, packed, near)
         _shift(self._recent, count, recent)
 
     def demote(self, count: int, far: int, near: int) -> None:
         """Pack the oldest of the near tokens again, behind so many far ones."""
-        packed = api.requantize_kv(self._near.tokens(0, count), self._codec.far, self._statistics)
+        leaving = self._near.tokens(0, count)
+        packed = api.requantize_kv(leaving, self._codec.far, self._statistics, counted=self._codec.packing)
         for index, room in enumerate(self._far):
             rows = slice(index * self._batch, (index + 1) * self._batch)
             _write(room, _rows(packed, rows, self._of(index)), far)

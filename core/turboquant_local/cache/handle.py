@@ -19,21 +19,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class AttentionStats:
-    """Which attention ran on a cache.
+    """Which attention ran on a cache, and what packed its tokens.
 
     Attributes:
         attention: Calls by path: "exact" (nothing was packed yet: the model's plain attention) or the name of
             the implementation that read packed tokens.
+        packing: Calls by the implementation that packed tokens: "triton", or "reference", which is plain torch.
         materialized: How often keys or values were decompressed as a whole because something other than the
             packed attention touched them.
     """
 
     attention: Counter[str] = field(default_factory=Counter)
+    packing: Counter[str] = field(default_factory=Counter)
     materialized: int = 0
 
     def reset(self) -> None:
         """Start counting anew."""
         self.attention.clear()
+        self.packing.clear()
         self.materialized = 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -109,8 +110,9 @@ class CompressedLayer(DynamicLayer):
                 "build it from this model's config: TurboQuantCache(model.config)"
             )
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._k_codec = make_codec(self.kv_cache, key_states.shape[3], self.kv_cache.k_bits, keys=True)
-        self._v_codec = make_codec(self.kv_cache, value_states.shape[3], self.kv_cache.v_bits, keys=False)
+        config, packing = self.kv_cache, self.stats.packing
+        self._k_codec = replace(make_codec(config, key_states.shape[3], config.k_bits, keys=True), packing=packing)
+        self._v_codec = replace(make_codec(config, value_states.shape[3], config.v_bits, keys=False), packing=packing)
         self._store(storage.empty(key_states), storage.empty(value_states))
         self.is_initialized = True
 

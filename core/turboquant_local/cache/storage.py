@@ -7,8 +7,9 @@ again.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -28,12 +29,14 @@ class SideCodec:
         near: That of the tokens just before the recent window, with as many bits or more.
         center: Subtract a mean from them.
         weigh: Choose codes with regard to which channels matter.
+        packing: Where calls are counted, by the implementation that packed.
     """
 
     far: Quantizer
     near: Quantizer
     center: bool = False
     weigh: bool = False
+    packing: Counter[str] = field(default_factory=Counter, compare=False)
 
     def statistics(self, sample: torch.Tensor) -> HeadStatistics:
         """What is to be known of a head before its first token is packed."""
@@ -139,9 +142,9 @@ def settle(
     far: PackedKV | None = None
     unweighted = replace(statistics, weights=None)  # near codes are fine enough to be rounded one by one
     if count:
-        near = _join(near, api.quantize_kv(recent[:, :, :count], codec.near, unweighted))
+        near = _join(near, api.quantize_kv(recent[:, :, :count], codec.near, unweighted, counted=codec.packing))
     if near is not None and leaving > 0:
-        far = api.requantize_kv(near.tokens(0, leaving), codec.far, statistics)
+        far = api.requantize_kv(near.tokens(0, leaving), codec.far, statistics, counted=codec.packing)
         near = near.tokens(leaving, near.length) if leaving < near.length else None
     new_far, new_near = (_split(_owned_packed(part), known) for part in (far, near))
     left = _owned(recent[:, :, count:]).chunk(len(views))

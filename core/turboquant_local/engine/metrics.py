@@ -88,6 +88,7 @@ def collect_metrics(
         compression_ratio=cache.compression_ratio() if cache is not None else 1.0,
         peak_device_memory=peak_device_memory,
         attention=dict(cache.stats.attention) if cache is not None else {},
+        packing=dict(cache.stats.packing) if cache is not None else {},
         materialized=cache.stats.materialized if cache is not None else 0,
         bypassed_layers=dict(cache.bypassed) if cache is not None else {},
         decoding=decoding,

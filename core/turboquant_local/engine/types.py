@@ -174,6 +174,7 @@ class GenerationMetrics:
         compression_ratio: uncompressed_bytes / vram_bytes.
         peak_device_memory: Highest memory allocated on the accelerator during the call; None on a CPU.
         attention: Attention paths that ran, such as "sdpa" or "reference", with how many calls each.
+        packing: What packed tokens, "triton" or "reference" (plain torch), with how many calls each.
         materialized: How often a layer's keys or values had to be decompressed as a whole; 0 is right.
         bypassed_layers: Layers left uncompressed, with the reason: {"3": "sliding window"}.
         decoding: How tokens after the first were made: "cuda graph"; "eager: " and the reason why not; "static", the
@@ -195,6 +196,7 @@ class GenerationMetrics:
     compression_ratio: float
     peak_device_memory: int | None
     attention: dict[str, int]
+    packing: dict[str, int]
     materialized: int
     bypassed_layers: dict[str, str]
     decoding: str

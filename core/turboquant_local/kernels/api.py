@@ -1,118 +1,27 @@
-"""The one door to the operations: meaning, shape checks and the choice of implementation.
-
-An implementation asked for by name is used or refused with the reason, never quietly replaced.
-"""
+"""The one door to the operations: meaning and shape checks; `choice` says which implementation runs."""
 
 from __future__ import annotations
 
-import logging
+from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
-from importlib import import_module
 from typing import Any
 
 import torch
 
-from turboquant_local.codec.quantizer import IdentityQuantizer, Quantizer
+from turboquant_local.codec.quantizer import Quantizer
 from turboquant_local.codec.statistics import HeadStatistics
-from turboquant_local.errors import BackendError, CacheError
+from turboquant_local.errors import CacheError
 from turboquant_local.kernels import reference
+from turboquant_local.kernels.choice import choose as choose
+from turboquant_local.kernels.choice import in_triton, operation, packer, say_slower
 from turboquant_local.kernels.layout import KVView, PackedKV
 
-logger = logging.getLogger(__name__)
 _NOTHING = HeadStatistics()
-_FEW_QUERIES = 8
 
 
-def choose(query: torch.Tensor, keys: KVView, values: KVView, impl: str = "auto") -> str:
-    """The name of the implementation of `attention` that will run.
-
-    Args:
-        query: As for `attention`.
-        keys: Likewise.
-        values: Likewise.
-        impl: "auto" (Triton for CUDA tensors where it serves the shape, else the reference), or a name to insist on.
-
-    Raises:
-        BackendError: There is no such implementation here, or it does not serve these tensors.
-    """
-    if impl == "auto":
-        if not (query.is_cuda and keys.packed):
-            return "reference"
-        reason = _refusal(query, keys, values)
-        if reason is not None:
-            _say_slower("attention", reason)
-        return "triton" if reason is None else "reference"
-    if impl == "triton":
-        reason = _refusal(query, keys, values)
-        if reason is not None:
-            raise BackendError(f"impl='triton': {reason}; use impl='reference', or 'auto'")
-        return impl
-    return _plain(impl)
-
-
-def _refusal(query: torch.Tensor, keys: KVView, values: KVView) -> str | None:
-    module = _triton(_operation(query))
-    if isinstance(module, str):
-        return module
-    reason: str | None = module.refusal(query, keys, values)
-    return reason
-
-
-def _operation(query: torch.Tensor) -> str:
-    """Which of the two attentions in Triton is made for so many query tokens."""
-    return "decode_attention" if query.shape[2] <= _FEW_QUERIES else "prefix_attention"
-
-
-@lru_cache(maxsize=8)
-def _triton(operation: str) -> Any:
-    """The module of an operation in Triton, or why there is none. Triton is imported on first use, never before."""
-    try:
-        import_module("triton")
-    except ImportError as error:
-        return f"Triton cannot be imported ({error}); install it, it comes with torch for CUDA"
-    return import_module(f"turboquant_local.kernels.triton.{operation}")
-
-
-def _plain(impl: str) -> str:
-    """Check the name of an implementation in torch alone."""
-    if impl not in ("auto", "reference"):
-        missing = isinstance(_triton("decode_attention"), str)
-        known = "reference" if missing else "reference and triton"
-        raise BackendError(f"impl={impl!r}: this installation has {known}; use one, or 'auto'")
-    return "reference"
-
-
-def _module(operation: str, impl: str, cuda: bool, *arguments: object) -> Any:
-    """The implementation of packing or unpacking that is to run.
-
-    Args:
-        operation: "quantize", "requantize" or "dequantize".
-        impl: As for `choose`.
-        cuda: Whether the tensors are on a CUDA device.
-        *arguments: Of the operation.
-
-    Raises:
-        BackendError: As for `choose`.
-    """
-    if impl != "triton" and not (impl == "auto" and cuda):
-        _plain(impl)
-        return reference
-    module = _triton("dequantize" if operation == "dequantize" else "quantize")
-    reason = module if isinstance(module, str) else getattr(module, f"{operation}_refusal")(*arguments)
-    if reason is None:
-        return module
-    if impl == "triton":
-        raise BackendError(f"impl='triton': {reason}; use impl='reference', or 'auto'")
-    if not any(isinstance(getattr(x, "quantizer", x), IdentityQuantizer) for x in arguments):  # that is but a copy
-        _say_slower(operation, reason)
-    return reference
-
-
-@lru_cache(maxsize=64)
-def _say_slower(operation: str, reason: str) -> None:
-    """Say once that torch does what a kernel should."""
-    logger.warning("%s runs in torch, slower and with the same result: %s", operation, reason)
+def _count(counted: Counter[str] | None, module: Any) -> None:
+    if counted is not None:
+        counted["reference" if module is reference else "triton"] += 1
 
 
 def _on(x: torch.Tensor) -> AbstractContextManager[object]:
@@ -121,7 +30,12 @@ def _on(x: torch.Tensor) -> AbstractContextManager[object]:
 
 
 def quantize_kv(
-    x: torch.Tensor, quantizer: Quantizer, statistics: HeadStatistics = _NOTHING, *, impl: str = "auto"
+    x: torch.Tensor,
+    quantizer: Quantizer,
+    statistics: HeadStatistics = _NOTHING,
+    *,
+    impl: str = "auto",
+    counted: Counter[str] | None = None,
 ) -> PackedKV:
     """Pack keys or values.
 
@@ -130,6 +44,7 @@ def quantize_kv(
         quantizer: The codec, for this head size.
         statistics: The mean to subtract first, weights of channels, the unit of 8-bit scales; each may be None.
         impl: Implementation.
+        counted: Where the name of the one that ran is counted.
 
     Raises:
         CacheError: The head size is not the quantizer's, or 8-bit scales have no unit.
@@ -141,14 +56,20 @@ def quantize_kv(
             "build the quantizer for this head size"
         )
     _check_unit(quantizer, statistics)
-    module = _module("quantize", impl, x.is_cuda, x, quantizer, statistics)
+    module = packer("quantize", impl, x.is_cuda, x, quantizer, statistics)
+    _count(counted, module)
     with _on(x):
         packed: PackedKV = module.quantize_kv(x, quantizer, statistics)
     return packed
 
 
 def requantize_kv(
-    packed: PackedKV, quantizer: Quantizer, statistics: HeadStatistics = _NOTHING, *, impl: str = "auto"
+    packed: PackedKV,
+    quantizer: Quantizer,
+    statistics: HeadStatistics = _NOTHING,
+    *,
+    impl: str = "auto",
+    counted: Counter[str] | None = None,
 ) -> PackedKV:
     """Pack packed tokens again, in other bits. With the quantizer they have already they stay as they are.
 
@@ -157,6 +78,7 @@ def requantize_kv(
         quantizer: The codec to go to.
         statistics: As for `quantize_kv`.
         impl: Implementation.
+        counted: As for `quantize_kv`.
 
     Raises:
         CacheError: 8-bit scales have no unit.
@@ -165,7 +87,8 @@ def requantize_kv(
     _check_unit(quantizer, statistics)
     if packed.quantizer == quantizer:
         return packed
-    module = _module("requantize", impl, packed.codes.is_cuda, packed, quantizer, statistics)
+    module = packer("requantize", impl, packed.codes.is_cuda, packed, quantizer, statistics)
+    _count(counted, module)
     with _on(packed.codes):
         again: PackedKV = module.requantize_kv(packed, quantizer, statistics)
     return again
@@ -185,7 +108,7 @@ def dequantize_kv(packed: PackedKV, dtype: torch.dtype, *, impl: str = "auto") -
     Raises:
         BackendError: There is no such implementation here, or it does not serve this quantizer.
     """
-    module = _module("dequantize", impl, packed.codes.is_cuda, packed, dtype)
+    module = packer("dequantize", impl, packed.codes.is_cuda, packed, dtype)
     with _on(packed.codes):
         x: torch.Tensor = module.dequantize_kv(packed, dtype)
     return x
@@ -206,13 +129,13 @@ def merge(first: torch.Tensor, first_lse: torch.Tensor, second: torch.Tensor, se
         As `first`, and laid out in memory as it is.
     """
     if first.is_cuda:
-        module = _triton("prompt_step")
+        module = in_triton("prompt_step")
         reason = module if isinstance(module, str) else module.refusal(first)
         if reason is None:
             with _on(first):
                 out: torch.Tensor = module.merge(first, first_lse, second, second_lse)
             return out
-        _say_slower("merging attention", reason)
+        say_slower("merging attention", reason)
     share = torch.sigmoid(first_lse - second_lse).reshape(*first.shape[:3], 1)
     return torch.lerp(second.float(), first.float(), share).to(first.dtype)
 
@@ -269,7 +192,7 @@ def attention(
         raise CacheError("keys.lengths, values.lengths: expected both or none; they say what both sides have in use")
     if any(part.mean is not None for part in values.packed):
         raise CacheError("values.packed: only keys can be centred; quantize the values without a mean")
-    module = reference if choose(query, keys, values, impl) == "reference" else _triton(_operation(query))
+    module = reference if choose(query, keys, values, impl) == "reference" else in_triton(operation(query))
     with _on(query):
         out: torch.Tensor = module.attention(
             query,
@@ -297,12 +220,12 @@ def write_token(
         v: The values.
     """
     if k.is_cuda:
-        module = _triton("step")
+        module = in_triton("step")
         reason = module if isinstance(module, str) else module.write_refusal(k_window, v_window, k, v)
         if reason is None:
             with _on(k):
                 module.write(k_window, v_window, slot, k, v)
             return
-        _say_slower("writing a token", reason)
+        say_slower("writing a token", reason)
     k_window.index_copy_(2, slot, k)
     v_window.index_copy_(2, slot, v)

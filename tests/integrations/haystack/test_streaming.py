@@ -42,6 +42,7 @@ METRICS = GenerationMetrics(
     compression_ratio=4.0,
     peak_device_memory=None,
     attention={"reference": 8},
+    packing={"reference": 4},
     materialized=0,
     bypassed_layers={"3": "sliding window"},
     decoding="cuda graph",
