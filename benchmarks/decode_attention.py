@@ -23,7 +23,7 @@ from split_kv import split_kv_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from turboquant_local.cache.layer import make_codec
+from turboquant_local.cache.storage import make_codec
 from turboquant_local.codec.quantizer import Quantizer
 from turboquant_local.config import TurboQuantConfig
 from turboquant_local.kernels import api

@@ -17,35 +17,15 @@ from statistics import median
 
 import torch
 from gpu import machine, write_rows
-from transformers import (
-    Cache,
-    DynamicCache,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LogitsProcessorList,
-)
+from transformers import Cache, DynamicCache, LlamaForCausalLM
+from ways import llama, ours
 
 from turboquant_local import TurboQuantCache
-from turboquant_local.engine.decode_loop import DecodeLoop
-from turboquant_local.engine.sampling import Sampling
 
 CONTEXTS = (1024, 8192, 32768)
 PRESETS = ("balanced", "compact", "extreme")
 CACHES = (*PRESETS, "engine")
 REPEATS = 3
-
-
-def build(layers: int) -> LlamaForCausalLM:
-    """The model, made on the device."""
-    config = LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=131072,
-        dtype=torch.bfloat16,
-    )  # fmt: skip
-    with torch.device("cuda"):
-        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
-    return model.eval()
 
 
 def first_token(model: LlamaForCausalLM, ids: torch.Tensor, cache: Cache) -> float:
@@ -59,10 +39,9 @@ def first_token(model: LlamaForCausalLM, ids: torch.Tensor, cache: Cache) -> flo
 
 def engine_first_token(model: LlamaForCausalLM, ids: torch.Tensor) -> float:
     """The same by an engine's loop; the reply ends there, before its steps would be captured."""
-    sampling = Sampling(GenerationConfig(max_new_tokens=32), LogitsProcessorList(), frozenset(), ())
     torch.cuda.synchronize()
     start = time.perf_counter()
-    DecodeLoop().run(model, TurboQuantCache(model.config), ids, sampling, lambda _: True)
+    ours("balanced")(model, ids, 32, lambda _: True)
     return time.perf_counter() - start
 
 
@@ -75,7 +54,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "prefill.csv")
     options = parser.parse_args()
     where, rows = machine(), []
-    model = build(options.layers)
+    model = llama(options.layers)
     for context in options.contexts:
         ids = torch.randint(0, 128256, (1, context), generator=torch.Generator().manual_seed(0)).cuda()
         times: dict[str, list[float]] = {name: [] for name in ("DynamicCache", *options.caches)}

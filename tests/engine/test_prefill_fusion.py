@@ -47,6 +47,22 @@ def test_a_long_prompt_goes_through_gated_networks_in_parts(monkeypatch: pytest.
     assert widths == [4, 4, 1]
 
 
+@torch.no_grad()
+def test_what_changes_in_a_model_is_seen() -> None:
+    """An adapter takes a layer's place, a norm gets another weight, after the first prompt."""
+    model, ids = tiny_model("llama").to(DEVICE), random_tokens(1, 9).to(DEVICE)
+    with fused(model):
+        before = model(ids).logits
+    first = model.model.layers[0]
+    first.mlp.gate_proj = torch.nn.Sequential(first.mlp.gate_proj, torch.nn.Hardtanh(-0.1, 0.1))
+    first.input_layernorm.weight = torch.nn.Parameter(first.input_layernorm.weight * 2)
+    expected = model(ids).logits
+    with fused(model):
+        out = model(ids).logits
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    assert (out - before).abs().max() > 0.01
+
+
 def test_other_operations_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama").to(DEVICE)
     model.model.norm.forward = lambda x: x

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from turboquant_local.cache import storage
-from turboquant_local.cache.layer import make_codec
+from turboquant_local.cache.storage import make_codec
 from turboquant_local.config import CodebookName, TurboQuantConfig
 from turboquant_local.kernels.layout import KVView
 

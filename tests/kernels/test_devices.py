@@ -42,7 +42,7 @@ def test_what_torch_does_on_a_gpu_is_said_once(caplog: pytest.LogCaptureFixture)
     with caplog.at_level(logging.WARNING):
         for quantizer in (MSEQuantizer(64, 4, codebook="lloyd_max"), IdentityQuantizer(64)):
             for _ in range(2):
-                assert choice.packer("quantize", "auto", True, x, quantizer, nothing) is reference
+                assert choice.implementation("quantize", "auto", True, x, quantizer, nothing) is reference
     assert [record.message for record in caplog.records] == [
-        "quantize runs in torch, slower and with the same result: codebook=lloyd_max: it serves grid"
+        "quantize runs in torch, which is slower: codebook=lloyd_max: it serves grid"
     ]

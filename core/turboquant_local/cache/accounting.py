@@ -15,7 +15,8 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from turboquant_local.cache.layer import CompressedLayer, make_codec
+from turboquant_local.cache.layer import CompressedLayer
+from turboquant_local.cache.storage import make_codec
 from turboquant_local.codec.quantizer import Quantizer
 from turboquant_local.config import TurboQuantConfig
 from turboquant_local.errors import ConfigError

@@ -16,7 +16,8 @@ from transformers.cache_utils import (
 from turboquant_local.cache.accounting import MemoryReport, live_tensors, report, storage_bytes
 from turboquant_local.cache.auto import COMPRESSIBLE, choose, is_mla, kv_shape
 from turboquant_local.cache.handle import AttentionStats
-from turboquant_local.cache.layer import CompressedLayer, HybridLayer, PlainLayer, make_codec
+from turboquant_local.cache.layer import CompressedLayer, HybridLayer, PlainLayer
+from turboquant_local.cache.storage import make_codec
 from turboquant_local.config import TurboQuantConfig
 from turboquant_local.errors import CacheError, ConfigError
 

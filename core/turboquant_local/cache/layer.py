@@ -11,38 +11,9 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttenti
 
 from turboquant_local.cache import storage
 from turboquant_local.cache.handle import AttentionStats, KVHandle
-from turboquant_local.codec.quantizer import IdentityQuantizer, MSEQuantizer, Quantizer
 from turboquant_local.config import TurboQuantConfig
 from turboquant_local.errors import CacheError
 from turboquant_local.kernels.layout import KVView
-
-
-def make_codec(config: TurboQuantConfig, head_dim: int, bits: int, keys: bool) -> storage.SideCodec:
-    """The codec of keys or values.
-
-    Args:
-        config: The settings.
-        head_dim: Size of the vectors.
-        bits: Bits of old tokens, the side's own.
-        keys: Whether they are keys: only these are centred and weighted.
-
-    Raises:
-        ConfigError: The head size cannot be packed or rotated as asked.
-    """
-    lossy = bits < 16
-    return storage.SideCodec(
-        far=_quantizer(config, head_dim, bits),
-        near=_quantizer(config, head_dim, max(bits, config.near_bits)),
-        center=keys and lossy and config.center_keys,
-        weigh=keys and lossy and config.error_feedback,
-    )
-
-
-def _quantizer(config: TurboQuantConfig, head_dim: int, bits: int) -> Quantizer:
-    if bits == 16:
-        return IdentityQuantizer(head_dim)
-    scale_bits = config.scale_bits if bits <= 4 else 16
-    return MSEQuantizer(head_dim, bits, config.rotation, config.scale, config.seed, scale_bits, config.codebook)
 
 
 def _refuse(value: torch.Tensor | None) -> None:
@@ -111,8 +82,12 @@ class CompressedLayer(DynamicLayer):
             )
         self.dtype, self.device = key_states.dtype, key_states.device
         config, packing = self.kv_cache, self.stats.packing
-        self._k_codec = replace(make_codec(config, key_states.shape[3], config.k_bits, keys=True), packing=packing)
-        self._v_codec = replace(make_codec(config, value_states.shape[3], config.v_bits, keys=False), packing=packing)
+        self._k_codec = replace(
+            storage.make_codec(config, key_states.shape[3], config.k_bits, keys=True), packing=packing
+        )
+        self._v_codec = replace(
+            storage.make_codec(config, value_states.shape[3], config.v_bits, keys=False), packing=packing
+        )
         self._store(storage.empty(key_states), storage.empty(value_states))
         self.is_initialized = True
 

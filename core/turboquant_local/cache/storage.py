@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from turboquant_local.codec.quantizer import Quantizer
+from turboquant_local.codec.quantizer import IdentityQuantizer, MSEQuantizer, Quantizer
 from turboquant_local.codec.statistics import HeadStatistics, head_statistics
 from turboquant_local.config import TurboQuantConfig
 from turboquant_local.kernels import api
@@ -44,6 +44,34 @@ class SideCodec:
 
     def _scale_bits(self) -> tuple[int, int]:
         return self.far.scale_bits, self.near.scale_bits
+
+
+def make_codec(config: TurboQuantConfig, head_dim: int, bits: int, keys: bool) -> SideCodec:
+    """The codec of keys or values.
+
+    Args:
+        config: The settings.
+        head_dim: Size of the vectors.
+        bits: Bits of old tokens, the side's own.
+        keys: Whether they are keys: only these are centred and weighted.
+
+    Raises:
+        ConfigError: The head size cannot be packed or rotated as asked.
+    """
+    lossy = bits < 16
+    return SideCodec(
+        far=_quantizer(config, head_dim, bits),
+        near=_quantizer(config, head_dim, max(bits, config.near_bits)),
+        center=keys and lossy and config.center_keys,
+        weigh=keys and lossy and config.error_feedback,
+    )
+
+
+def _quantizer(config: TurboQuantConfig, head_dim: int, bits: int) -> Quantizer:
+    if bits == 16:
+        return IdentityQuantizer(head_dim)
+    scale_bits = config.scale_bits if bits <= 4 else 16
+    return MSEQuantizer(head_dim, bits, config.rotation, config.scale, config.seed, scale_bits, config.codebook)
 
 
 def targets(config: TurboQuantConfig, length: int, among_first: int | None = None) -> tuple[int, int]:

@@ -11,12 +11,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
 
-from turboquant_local.engine.fusion_checks import is_norm, near, noise, rotates_alike
+from turboquant_local.engine.fusion_checks import is_norm, load_kernels, near, noise, rotates_alike
 
 
 @contextmanager
@@ -27,20 +26,15 @@ def fused(model: Any) -> Iterator[int]:
         How many were exchanged.
     """
     with ExitStack() as stack:
-        try:
-            kernels = import_module("turboquant_local.kernels.triton.step")
-            products = import_module("turboquant_local.kernels.triton.products")
-        except ImportError:  # there is no Triton
-            yield 0
-            return
         sample = torch.empty(0, dtype=model.dtype, device=model.device)
-        if kernels.refusal(sample) is not None:
+        kernels, products = load_kernels("step", sample), load_kernels("products", sample)
+        if kernels is None:
             yield 0
             return
         count = 0
         for module in model.modules():
-            count += _exchange_sums(module, kernels, products, stack)
-            if is_norm(module, kernels):
+            count += _exchange_sums(module, kernels, products, sample, stack)
+            if is_norm(module, kernels, sample):
                 forward = partial(kernels.rms_norm, weight=module.weight, eps=module.variance_epsilon)
                 module.forward = lambda x, forward=forward: forward(x)
                 stack.callback(delattr, module, "forward")
@@ -77,7 +71,7 @@ def _exchange_products(module: torch.nn.Module, kernels: Any, sample: torch.Tens
     return count
 
 
-def _exchange_sums(module: Any, kernels: Any, products: Any, stack: ExitStack) -> int:
+def _exchange_sums(module: Any, kernels: Any, products: Any, sample: torch.Tensor, stack: ExitStack) -> int:
     """Exchange a layer of attention and gated MLP, each behind a norm, so that their sums take no launch of their own.
 
     Returns:
@@ -88,9 +82,8 @@ def _exchange_sums(module: Any, kernels: Any, products: Any, stack: ExitStack) -
     first, attention, second, mlp = parts.values()
     if attention is None or any("forward" in vars(part) for part in (module, attention)) or _hooked(second, mlp):
         return 0
-    if not (is_norm(first, kernels) and is_norm(second, kernels)):
+    if not (is_norm(first, kernels, sample) and is_norm(second, kernels, sample)):
         return 0
-    sample = second.weight[:0]
     if not all(_is_linear(getattr(mlp, name, None), sample) for name in ("gate_proj", "up_proj", "down_proj")):
         return 0
     gated = _gated_mlp(mlp, products)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -11,10 +12,22 @@ _STEPS = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}
 """How far two roundings of one number may lie apart, relatively."""
 
 
-def is_norm(module: Any, kernels: Any) -> bool:
-    """Whether a module is a root mean square norm as the kernel computes it, and nobody else's hook is in its place."""
+def load_kernels(name: str, sample: torch.Tensor) -> Any:
+    """A module of kernels; None without Triton, or where it does not serve tensors like `sample`."""
+    try:
+        kernels = import_module(f"turboquant_local.kernels.triton.{name}")
+    except ImportError:  # there is no Triton
+        return None
+    return kernels if kernels.refusal(sample) is None else None
+
+
+def is_norm(module: Any, kernels: Any, sample: torch.Tensor) -> bool:
+    """Whether a module is a root mean square norm as the kernel computes it, and nobody else's hook is in its place.
+
+    Its weight has the dtype of `sample`: a norm kept in float32 would turn its input into float32.
+    """
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
-    if weight is None or eps is None or weight.dim() != 1 or "forward" in vars(module):
+    if weight is None or eps is None or weight.dim() != 1 or weight.dtype != sample.dtype or "forward" in vars(module):
         return False
     x = noise(2, weight.shape[0], like=weight)
     return close(module(x), kernels.rms_norm(x, weight, eps))

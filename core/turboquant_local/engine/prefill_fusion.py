@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from importlib import import_module
 from threading import Lock
 from types import ModuleType
 from typing import Any, Final
@@ -19,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from turboquant_local.engine.fusion_checks import close, is_norm, noise, rotates_alike
+from turboquant_local.engine.fusion_checks import close, is_norm, load_kernels, noise, rotates_alike
 
 Forward = Callable[..., torch.Tensor]
 Rotary = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -50,18 +49,14 @@ def fused(model: Any) -> Iterator[int]:
         How many were exchanged; none where Triton does not run.
     """
     with ExitStack() as stack:
-        try:
-            kernels = import_module("turboquant_local.kernels.triton.prompt_step")
-        except ImportError:  # there is no Triton
-            yield 0
-            return
         sample = torch.empty(0, dtype=model.dtype, device=model.device)
-        if kernels.refusal(sample) is not None:
+        kernels = load_kernels("prompt_step", sample)
+        if kernels is None:
             yield 0
             return
         if model not in _found:
             files = {sys.modules[type(module).__module__] for module in model.modules()}
-            _found[model] = _exchanges(model, kernels), files
+            _found[model] = _exchanges(model, kernels, sample), files
         exchanges, files = _found[model]
         count = 0
         for module, forward in exchanges:
@@ -77,39 +72,37 @@ def fused(model: Any) -> Iterator[int]:
 
 
 @torch.no_grad()
-def _exchanges(model: Any, kernels: Any) -> list[tuple[torch.nn.Module, Forward]]:
-    """Modules of a model with what computes the same in kernels."""
-    known = [(module, _norm(module, kernels, model.dtype)) for module in model.modules()]
-    known = [(module, forward or _gated(module, kernels, model.dtype)) for module, forward in known]
+def _exchanges(model: Any, kernels: Any, sample: torch.Tensor) -> list[tuple[torch.nn.Module, Forward]]:
+    """Modules of a model with what computes the same in kernels, by the parts and weights they have when called."""
+    known = [(module, _norm(module, kernels, sample)) for module in model.modules()]
+    known = [(module, forward or _gated(module, kernels, sample)) for module, forward in known]
     return [(module, forward) for module, forward in known if forward is not None]
 
 
-def _norm(module: torch.nn.Module, kernels: Any, dtype: torch.dtype) -> Forward | None:
+def _norm(module: Any, kernels: Any, sample: torch.Tensor) -> Forward | None:
     """What computes a module's result by the kernel, if it is a root mean square norm."""
-    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
-    if eps is None or weight is None or weight.dtype != dtype:
+    if not isinstance(getattr(module, "weight", None), torch.Tensor):
         return None
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         with torch.cuda.device_of(x):
-            out: torch.Tensor = kernels.rms_norm(x, weight, eps)
+            out: torch.Tensor = kernels.rms_norm(x, module.weight, module.variance_epsilon)
         return out
 
-    with torch.cuda.device_of(weight):
-        return forward if is_norm(module, kernels) else None
+    with torch.cuda.device_of(module.weight):
+        return forward if is_norm(module, kernels, sample) else None
 
 
-def _gated(module: torch.nn.Module, kernels: Any, dtype: torch.dtype) -> Forward | None:
+def _gated(module: Any, kernels: Any, sample: torch.Tensor) -> Forward | None:
     """The same for a network gated by a SiLU."""
     parts = [getattr(module, f"{name}_proj", None) for name in ("gate", "up", "down")]
-    gate_proj, up_proj, down_proj = (part if isinstance(part, torch.nn.Linear) else None for part in parts)
-    if gate_proj is None or up_proj is None or down_proj is None:
+    if not all(isinstance(part, torch.nn.Linear) for part in parts):
         return None
 
     def some(x: torch.Tensor) -> torch.Tensor:
-        gate, up = gate_proj(x), up_proj(x)
+        gate, up = module.gate_proj(x), module.up_proj(x)
         with torch.cuda.device_of(x):
-            out: torch.Tensor = down_proj(kernels.swiglu(gate, up))
+            out: torch.Tensor = module.down_proj(kernels.swiglu(gate, up))
         return out
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -120,7 +113,8 @@ def _gated(module: torch.nn.Module, kernels: Any, dtype: torch.dtype) -> Forward
             to.copy_(some(part))
         return out
 
-    x = noise(2, gate_proj.in_features, like=torch.empty(0, dtype=dtype, device=gate_proj.weight.device))
+    gate = module.gate_proj
+    x = noise(2, gate.in_features, like=sample.to(gate.weight.device))
     try:
         return forward if "forward" not in vars(module) and close(module(x), forward(x)) else None
     except Exception:  # it takes or returns other things; quantized layers each have errors of their own

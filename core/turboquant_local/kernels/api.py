@@ -12,8 +12,8 @@ from turboquant_local.codec.quantizer import Quantizer
 from turboquant_local.codec.statistics import HeadStatistics
 from turboquant_local.errors import CacheError
 from turboquant_local.kernels import reference
+from turboquant_local.kernels.choice import attention_kernel, implementation, in_triton, say_slower
 from turboquant_local.kernels.choice import choose as choose
-from turboquant_local.kernels.choice import in_triton, operation, packer, say_slower
 from turboquant_local.kernels.layout import KVView, PackedKV
 
 _NOTHING = HeadStatistics()
@@ -56,7 +56,7 @@ def quantize_kv(
             "build the quantizer for this head size"
         )
     _check_unit(quantizer, statistics)
-    module = packer("quantize", impl, x.is_cuda, x, quantizer, statistics)
+    module = implementation("quantize", impl, x.is_cuda, x, quantizer, statistics)
     _count(counted, module)
     with _on(x):
         packed: PackedKV = module.quantize_kv(x, quantizer, statistics)
@@ -87,7 +87,7 @@ def requantize_kv(
     _check_unit(quantizer, statistics)
     if packed.quantizer == quantizer:
         return packed
-    module = packer("requantize", impl, packed.codes.is_cuda, packed, quantizer, statistics)
+    module = implementation("requantize", impl, packed.codes.is_cuda, packed, quantizer, statistics)
     _count(counted, module)
     with _on(packed.codes):
         again: PackedKV = module.requantize_kv(packed, quantizer, statistics)
@@ -108,7 +108,7 @@ def dequantize_kv(packed: PackedKV, dtype: torch.dtype, *, impl: str = "auto") -
     Raises:
         BackendError: There is no such implementation here, or it does not serve this quantizer.
     """
-    module = packer("dequantize", impl, packed.codes.is_cuda, packed, dtype)
+    module = implementation("dequantize", impl, packed.codes.is_cuda, packed, dtype)
     with _on(packed.codes):
         x: torch.Tensor = module.dequantize_kv(packed, dtype)
     return x
@@ -192,7 +192,7 @@ def attention(
         raise CacheError("keys.lengths, values.lengths: expected both or none; they say what both sides have in use")
     if any(part.mean is not None for part in values.packed):
         raise CacheError("values.packed: only keys can be centred; quantize the values without a mean")
-    module = reference if choose(query, keys, values, impl) == "reference" else in_triton(operation(query))
+    module = reference if choose(query, keys, values, impl) == "reference" else in_triton(attention_kernel(query))
     with _on(query):
         out: torch.Tensor = module.attention(
             query,

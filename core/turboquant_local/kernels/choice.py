@@ -51,14 +51,14 @@ def choose(query: torch.Tensor, keys: KVView, values: KVView, impl: str = "auto"
 
 def refusal(query: torch.Tensor, keys: KVView, values: KVView) -> str | None:
     """Why Triton does not serve this call of `attention`, or None."""
-    module = in_triton(operation(query))
+    module = in_triton(attention_kernel(query))
     if isinstance(module, str):
         return module
     reason: str | None = module.refusal(query, keys, values)
     return reason
 
 
-def operation(query: torch.Tensor) -> str:
+def attention_kernel(query: torch.Tensor) -> str:
     """Which of the two attentions in Triton is made for so many query tokens."""
     return "decode_attention" if query.shape[2] <= _FEW_QUERIES else "prefix_attention"
 
@@ -82,7 +82,7 @@ def plain(impl: str) -> str:
     return "reference"
 
 
-def packer(operation: str, impl: str, cuda: bool, *arguments: object) -> Any:
+def implementation(operation: str, impl: str, cuda: bool, *arguments: object) -> Any:
     """The implementation of packing or unpacking that is to run.
 
     Args:
@@ -111,4 +111,4 @@ def packer(operation: str, impl: str, cuda: bool, *arguments: object) -> Any:
 @lru_cache(maxsize=64)
 def say_slower(operation: str, reason: str) -> None:
     """Say once that torch does what a kernel should."""
-    logger.warning("%s runs in torch, slower and with the same result: %s", operation, reason)
+    logger.warning("%s runs in torch, which is slower: %s", operation, reason)

@@ -14,8 +14,10 @@ import triton.language as tl
 
 from turboquant_local.kernels.triton.devices import launch_early
 from turboquant_local.kernels.triton.early import let_next_start, wait
+from turboquant_local.kernels.triton.step import refusal
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+__all__ = ["ACTIVATIONS", "gated", "linear", "refusal"]
+
 MOST = 3
 """Projections a launch serves."""
 ACTIVATIONS = ("silu", "gelu_tanh")
