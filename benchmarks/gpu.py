@@ -33,8 +33,12 @@ def machine() -> dict[str, str]:
     }
 
 
-def graph_times(calls: Sequence[Call]) -> list[float]:
-    """Microseconds a call, of repeated replays of all calls as one CUDA graph; sorted."""
+def graph_times(calls: Sequence[Call], least: int = 1) -> list[float]:
+    """Microseconds a call, of repeated replays of all calls as one CUDA graph; sorted.
+
+    The calls are repeated to at least `least`: a replay takes some microseconds of its own, which are shared out.
+    """
+    calls = [*calls] * -(-least // len(calls))
     for call in calls[:2]:
         call()
     torch.cuda.synchronize()
