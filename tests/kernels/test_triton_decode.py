@@ -119,6 +119,55 @@ def test_any_cut_of_the_work_gives_the_same(case: Any) -> None:
         assert case.error(out, truth) < 2e-6
 
 
+@pytest.mark.parametrize(("group", "tokens", "waves"), [(8, 700, 40), (12, 1100, 40), (12, 700, 7)])
+def test_many_shares_are_merged_in_branches(
+    group: int, tokens: int, waves: float, case: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where even the branches are too many at once, and where programs with near tokens have far ones as well."""
+    monkeypatch.setattr(decode_attention, "multiprocessors", lambda _: 1)
+    keys, values = case.views(tokens, 1, 64, 64, batch=1)
+    query = case.queries(group, 1, 64, batch=1)
+    sink_logits = torch.arange(group, device=case.device) / group
+    launch = decode_attention.Launch(warps=1, tokens=32, waves=waves, others=1)
+    for _ in range(2):  # it leaves the counters as they were
+        out = decode_attention.attention(
+            query, keys, values, mask=None, causal=False, scaling=64**-0.5, softcap=None, sink_logits=sink_logits,
+            launch=launch,
+        )  # fmt: skip
+        truth = case.exact(query, keys, values, case.causal(1, tokens), sink_logits=sink_logits)
+        assert case.error(out, truth) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("k_bits", "v_bits", "dim", "group", "q_length"),
+    [(4, 4, 128, 4, 1), (4, 2, 64, 2, 2), (3, 3, 128, 2, 2), (8, 4, 128, 7, 1), (3, 3, 128, 8, 1), (6, 4, 128, 1, 1)],
+)
+def test_whole_tiles_however_they_come(
+    k_bits: int, v_bits: int, dim: int, group: int, q_length: int, case: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Brought by the copy engine, with both halves side by side, or neither; with a mask that hides half."""
+    dtype = torch.float16 if GPU else torch.float32
+    keys, values = case.views(850, 2, dim, dim, k_bits, v_bits, dtype=dtype, batch=1)
+    query = case.queries(2 * group, q_length, dim, dtype, batch=1)
+    generator = torch.Generator().manual_seed(2)
+    mask = torch.rand(q_length, 850, generator=generator).to(case.device) > 0.5
+    brought: list[int] = []
+    tiles = decode_attention._tiles
+    monkeypatch.setattr(decode_attention, "_tiles", lambda *x: (brought.append(1), tiles(*x))[1])
+    for sides, copies in ((1, False), (2, False), (1, True), (2, True)):
+        launch = decode_attention.Launch(warps=2, waves=0.1, sides=sides, copies=copies, others=1)
+        for shown in (None, mask[None, None]):
+            brought.clear()
+            out = decode_attention.attention(
+                query, keys, values, mask=shown, causal=False, scaling=dim**-0.5, softcap=None, sink_logits=None,
+                launch=launch,
+            )  # fmt: skip
+            truth = case.exact(query, keys, values, mask if shown is not None else mask | True)
+            assert case.error(out, truth) < (2e-3 if GPU else 2e-6)
+            whole = k_bits != 6 and (k_bits != 3 or (sides == 2 and group * q_length <= 4))
+            assert bool(brought) == (copies and whole)
+
+
 def test_refusals_name_the_reason_and_auto_falls_back(case: Any) -> None:
     keys, values = case.views(90, 2, 64, 64)
     short = case.queries(4, 1, 64)
@@ -136,7 +185,7 @@ def test_the_length_compiles_nothing_anew(case: Any) -> None:
         return sum(len(cache[0]) for cache in decode_kernels.attend.device_caches.values())
 
     query = case.queries(8, 1, 128, torch.bfloat16)
-    for tokens in (150, 182, 3000):  # the last has more shares to merge: that is one more variant, and all there are
+    for tokens in (150, 182, 6000):  # the last has too many shares to merge at once: that is the only other variant
         api.attention(query, *case.views(tokens, 2, 128, 128, dtype=torch.bfloat16), impl="triton")
     before = variants()
     for tokens in (151, 214, 500, 1023, 2001, 5000):

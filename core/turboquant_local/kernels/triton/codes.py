@@ -131,7 +131,8 @@ def _joined(x0, x1, x2, x3):
 
 
 @triton.jit
-def _joined8(x0, x1, x2, x3, x4, x5, x6, x7):
+def joined8(x0, x1, x2, x3, x4, x5, x6, x7):
+    """Eight tensors as one, by number in three further dimensions of 2."""
     return tl.join(_joined(x0, x2, x4, x6), _joined(x1, x3, x5, x7))
 
 
@@ -149,10 +150,10 @@ def _levels_by_assembly(x, y, z, BITS: tl.constexpr, SLOTS: tl.constexpr):
     elif SLOTS == 4:
         out = _joined(r[0], r[1], r[2], r[3])
     elif SLOTS == 8:
-        out = _joined8(r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7])
+        out = joined8(r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7])
     else:
-        even = _joined8(r[0], r[2], r[4], r[6], r[8], r[10], r[12], r[14])
-        out = tl.join(even, _joined8(r[1], r[3], r[5], r[7], r[9], r[11], r[13], r[15]))
+        even = joined8(r[0], r[2], r[4], r[6], r[8], r[10], r[12], r[14])
+        out = tl.join(even, joined8(r[1], r[3], r[5], r[7], r[9], r[11], r[13], r[15]))
     return out
 
 

@@ -7,14 +7,17 @@ from functools import lru_cache
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from turboquant_local.codec.quantizer import MSEQuantizer
 from turboquant_local.kernels.layout import KVView, PackedKV
-from turboquant_local.kernels.triton.decode_kernels import OTHER_TILES, attend
-from turboquant_local.kernels.triton.devices import counters, launch_early, multiprocessors, unserved
+from turboquant_local.kernels.triton.decode_kernels import attend
+from turboquant_local.kernels.triton.devices import copies_tiles, counters, launch_early, multiprocessors, unserved
 
 MAX_Q_LENGTH = 8
 BITS = (1, 2, 3, 4, 6, 8, 16)
+_BRANCH = 8
+"""Shares of far tokens that are merged first where they are too many to be merged at once."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -29,6 +32,10 @@ class Launch:
         waves: Programs wanted for every multiprocessor.
         near: Programs for the near tokens of one KV head, at most.
         registers: Of a thread, at most; 0 for as many as the compiler likes.
+        sides: 2 for far tiles twice as large whose halves share the tensor core's columns, where queries leave half of
+            them free.
+        copies: Whether the copy engine brings far tiles, where it can.
+        others: Far tiles that take about as long as a program's work besides them.
     """
 
     warps: int = 4
@@ -37,6 +44,9 @@ class Launch:
     waves: float = 2
     near: int = 3
     registers: int = 0
+    sides: int = 1
+    copies: bool = False
+    others: int = 4
 
 
 def refusal(query: torch.Tensor, keys: KVView, values: KVView) -> str | None:
@@ -91,19 +101,26 @@ def attention(
     chunks = triton.cdiv(group * q_length, rows_at_once)
 
     launch = launch or _launch(query, keys, values)
-    tile = launch.warps * launch.tokens
-    far_tiles, near_tiles = (triton.cdiv(part.length, tile) if part else 0 for part in (keys.far, keys.near))
+    coded = all(part is not None and part.quantizer.bits < 16 for part in (keys.far, values.far))
+    sides = launch.sides if coded and group * q_length * launch.sides <= 8 else 1
+    tile = launch.warps * launch.tokens * sides
+    far_tiles = triton.cdiv(keys.far.length, tile) if keys.far else 0
+    near_tiles = triton.cdiv(keys.near.length, tile // sides) if keys.near else 0
     programs = max(1, int(launch.waves * multiprocessors(query.device)) // (pairs * chunks))
     near_shares = min(near_tiles, launch.near, max(1, programs - 1))
     others = 1 + near_shares
     apart, sharing = others, max(0, min(programs - others, far_tiles))
-    if far_tiles and (sharing == 0 or triton.cdiv(far_tiles, sharing) > _with_others(far_tiles, others, programs)):
+    together = triton.cdiv(far_tiles + others * launch.others, max(programs, others))  # tiles of a program at most
+    if far_tiles and (sharing == 0 or triton.cdiv(far_tiles, sharing) > together):
         apart, sharing = 0, max(programs, others)
     elif far_tiles:
         sharing = triton.cdiv(far_tiles, triton.cdiv(far_tiles, sharing))
-    shares = others + sharing
 
     most_rows = triton.next_power_of_2(min(group * q_length, rows_at_once))
+    room = launch.warps * 32 * (launch.registers // 4 or 128) // (v_padded * most_rows)  # shares that registers hold
+    at_once = max(1, 36 if room >= 32 else room)
+    branches = 0 if others + sharing <= at_once + 1 else triton.cdiv(sharing, _BRANCH)
+    shares = others + branches + sharing
     out = query.new_empty(pairs * chunks * shares, v_padded, most_rows, dtype=torch.float32)
     lse = query.new_empty(pairs * chunks * shares, most_rows, dtype=torch.float32)
     result = torch.empty(batch, q_heads, q_length, v_dim, dtype=query.dtype, device=query.device)
@@ -114,24 +131,28 @@ def attention(
     k_part, v_part = keys.packed[0], values.packed[0]  # all parts of a side share mean and rotation
     k_rotation, k_terms = rotation_terms(k_part, fast)
     v_rotation, v_terms = rotation_terms(v_part, fast)
+    tiles = (None, None)
+    if launch.copies and far_tiles > 1 and _copyable(far[0], far[4], far_kind, k_dim, v_dim, sides):
+        tiles = _tiles(far[0], tile), _tiles(far[4], tile)
     attend[(pairs, apart + sharing, chunks)](
         query, k_rotation, query if k_part.mean is None else k_part.mean.contiguous(),
         tuple(x.contiguous() for x in (keys.sinks, keys.recent, values.sinks, values.recent)),
-        far or near, near or far, mask, query if keys.lengths is None else keys.lengths,
-        out, lse, counters(query.device, pairs * chunks),
+        far or near, near or far, *tiles, mask, query if keys.lengths is None else keys.lengths,
+        out, lse, counters(query.device, pairs * chunks * (1 + branches)),
         query if sink_logits is None else sink_logits, v_rotation, result,
         *(far_strides or near_strides), *(near_strides or far_strides), *mask_strides,
         keys.sinks.shape[2], *(part.length if part else 0 for part in (keys.far, keys.near)), keys.recent.shape[2],
-        near_shares, apart, scaling if softcap is not None else scaling * 1.4426950408889634, softcap or 0.0,
+        near_shares, apart, launch.others,
+        scaling if softcap is not None else scaling * 1.4426950408889634, softcap or 0.0,
         KV_HEADS=kv_heads, GROUP=group, Q_LENGTH=q_length, ROWS=rows_at_once, NR=most_rows,
         KD=k_dim, KDP=k_padded, VD=v_dim, VDP=v_padded,
         FAR=far_kind, NEAR=near_kind, MEAN=k_part.mean is not None, LENGTHS=keys.lengths is not None,
         MASK=mask_kind, CAUSAL=causal, SOFTCAP=softcap is not None,
         K_TERMS=k_terms, V_TERMS=v_terms, Q_TERMS=1 if query.dtype == torch.bfloat16 else 2,
         SINK=sink_logits is not None,
-        W=launch.warps, BN=launch.tokens, STAGES=launch.stages, FAST=fast,
+        W=launch.warps, BN=launch.tokens, SIDES=sides, STAGES=launch.stages, FAST=fast,
         COLUMNS=min(k_padded, launch.warps * 2**12 // k_padded),
-        SHARES=min(32 if shares > 16 and most_rows > 2 else 16, max(1, launch.warps * 2**12 // (v_padded * most_rows))),
+        BRANCH=_BRANCH if branches else 0, SHARES=at_once, AGAIN=others + branches > at_once + 1,
         V_COLUMNS=min(v_padded, launch.warps * 2**12 // v_padded) if v_part.quantizer.bits < 16 else v_padded,
         num_warps=launch.warps, **({"maxnreg": launch.registers} if launch.registers else {}),
         **launch_early(query.device),
@@ -139,22 +160,40 @@ def attention(
     return result
 
 
-def _with_others(tiles: int, others: int, programs: int) -> int:
-    """Most far tiles of a program if some have other work too, which counts as tiles."""
-    return int(triton.cdiv(tiles + others * OTHER_TILES.value, max(programs, others)))
+def _copyable(k: torch.Tensor, v: torch.Tensor, kind: Kind | None, k_dim: int, v_dim: int, sides: int) -> bool:
+    """Whether the copy engine can bring tiles of these codes: rows of 128 bytes, which `copied_tiles` can read."""
+    if kind is None or not copies_tiles(k.device):
+        return False
+    if any(x.data_ptr() % 16 or x.stride(0) % 16 or x.stride(1) % 16 for x in (k, v)):
+        return False
+    if kind[0] == kind[3] == 3:
+        return sides == 2 and k_dim == v_dim == 128
+    return {kind[0], kind[3]} <= {2, 4, 8} and k_dim in (64, 128) and v_dim in (64, 128)
+
+
+def _tiles(codes: torch.Tensor, tokens: int) -> TensorDescriptor:
+    """Tiles of so many tokens, of three-bit codes a third of every 16 bytes."""
+    words = codes.view(torch.uint16)
+    batch, heads, length, size = words.shape
+    row = 8 * size if size == 24 else 64
+    shape, strides = [batch, heads, length * size // row, row], [words.stride(0), words.stride(1), row, 1]
+    return TensorDescriptor(words, shape, strides, [1, 1, tokens * size // row, 64])
 
 
 def _launch(query: torch.Tensor, keys: KVView, values: KVView) -> Launch:
     """A choice that fits registers and shared memory; measured in benchmarks/NOTES.md."""
     far = keys.far.length * keys.shape[0] * keys.shape[1] if keys.far else 0
     each = far / multiprocessors(query.device)
-    waves = 1.5 if each < 225 else 1 if each < 970 else 2
     quantizers = [part.quantizer for part in (*keys.packed, *values.packed)]
     if query.dtype == torch.float32 or any(isinstance(x, MSEQuantizer) and x.codebook != "grid" for x in quantizers):
-        return Launch(stages=1, waves=waves)
+        return Launch(stages=1)
     if max(x.head_dim for x in quantizers) > 128 or max(x.bits for x in quantizers) > 8:
-        return Launch(stages=2, waves=waves)
-    return Launch(waves=waves) if each < 11_000 else Launch(waves=3, registers=168)
+        return Launch(stages=2)
+    few = query.shape[1] // keys.shape[1] * query.shape[2] <= 4
+    bits = max((x.quantizer.bits for x in (keys.far, values.far) if x), default=16)
+    if few and each >= 1_500 and bits <= 4:
+        return Launch(sides=2, copies=True, stages=2 if each < 11_000 and bits > 2 else 3, others=5)
+    return Launch(others=6) if each < 11_000 else Launch(waves=3, registers=168)
 
 
 Kind = tuple[int, bool, str, int, bool, str]

@@ -5,29 +5,17 @@ import triton.language as tl
 
 from turboquant_local.kernels.triton.codes import UNIT, centre, lowered, spacing
 from turboquant_local.kernels.triton.early import ask_for, let_next_start, wait
-from turboquant_local.kernels.triton.queries import QUERY_LIFT, merge, rotated
+from turboquant_local.kernels.triton.packed_tile import packed_tile
+from turboquant_local.kernels.triton.queries import QUERY_LIFT, gather, merge, rotated, rotation_block
 from turboquant_local.kernels.triton.softmax import INFINITY, finish, softmax_step, visible
-from turboquant_local.kernels.triton.tiles import (
-    key_channels,
-    load_keys,
-    load_plain,
-    load_queries,
-    load_scales,
-    load_values,
-    scales_a_load,
-    token_of,
-    value_channels,
-    value_place,
-)
-
-OTHER_TILES = tl.constexpr(4)
-"""Tiles of far tokens that take about as long as the other work of a program that has some."""
+from turboquant_local.kernels.triton.tiles import key_channels, load_plain, load_queries, value_channels
+from turboquant_local.kernels.triton.token_order import split_sides
 
 
 @triton.jit
 def _sinks_and_recent(
     q, k_sinks, k_recent, v_sinks, v_recent, mask,
-    row, valid, head, token, sinks, recent, kv_length, factor, softcap,
+    row, valid, present, head, token, sinks, recent, kv_length, factor, softcap,
     stride_mh, stride_mq, stride_mk, out, lse,
     KD: tl.constexpr, KDP: tl.constexpr, VD: tl.constexpr, VDP: tl.constexpr, NR: tl.constexpr, Q_LENGTH: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, W: tl.constexpr, BN: tl.constexpr,
@@ -50,75 +38,29 @@ def _sinks_and_recent(
         values = load_plain(tl.where(is_sink, v_sinks, v_recent) + local * VD, in_range, VD, VDP, False)
         s = tl.dot(keys, query, input_precision="ieee") * factor
         s = visible(
-            s, tl.where(is_sink, local, local + kv_length - sinks - recent), kv_length, mask, head, token, in_range,
-            stride_mh, stride_mq, stride_mk, softcap, Q_LENGTH, MASK, CAUSAL, SOFTCAP,
+            s, tl.where(is_sink, local, local + kv_length - sinks - recent)[:, :, None], kv_length, mask, head, token,
+            in_range[:, :, None], stride_mh, stride_mq, stride_mk, softcap, Q_LENGTH, MASK, CAUSAL, SOFTCAP,
         )  # fmt: skip
         s = tl.where(in_range[:, :, None], s, -INFINITY)
-        one = tl.full([W, BN], 1.0, tl.float32)
+        one = tl.full([W, BN, 1], 1.0, tl.float32)
         p, _, m, total, acc = softmax_step(s, one, one, m, total, acc)
         values = tl.permute(values, [0, 2, 1])
         acc = tl.dot(values, p.to(values.dtype), acc=acc, input_precision="ieee")
     no_sums = tl.zeros([W, ROWS], tl.float32)
     plain = tl.full([VDP], 1.0, tl.float32)
-    finish(m, total, acc, no_sums, plain, 1.0, tl.arange(0, VDP), out, lse, tl.arange(0, ROWS), valid, VDP, NR)
-
-
-@triton.jit
-def _packed_tile(
-    k_codes, k_scales, k_unit, k_table, v_codes, v_scales, v_unit, v_table, mask,
-    query, coefficient, constant, middle, head, token, start, packed, position, kv_length, factor, softcap,
-    stride_mh, stride_mq, stride_mk, m, total, acc, sums,
-    KD: tl.constexpr, KDP: tl.constexpr, VD: tl.constexpr, VDP: tl.constexpr, Q_LENGTH: tl.constexpr,
-    K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_GRID: tl.constexpr, V_GRID: tl.constexpr, MEAN: tl.constexpr,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, K_SCALES: tl.constexpr, V_SCALES: tl.constexpr,
-    W: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    """One tile of packed tokens, of which `FULL` says that none lies behind the last."""
-    left = packed - start
-    local = token_of(tl.arange(0, W)[:, None], tl.arange(0, BN)[None, :], W)
-    in_range = local < left
-    if K_BITS == 16:
-        k = load_plain(k_codes + (start.to(tl.int64) + local) * KD, in_range, KD, KDP, FULL)
-        s = tl.dot(k, query, input_precision="ieee") * factor
-    else:
-        k_scale, _ = load_scales(k_scales + start // scales_a_load(K_SCALES), k_unit, left, W, BN, K_SCALES, FULL)
-        k_at = k_codes + start.to(tl.int64) * (KD * K_BITS // 8)
-        k = load_keys(k_at, k_table, left, KD, KDP, K_BITS, K_GRID, W, BN, DTYPE, FAST, FULL)
-        s = tl.dot(k, query, input_precision="ieee")
-        s = (s * coefficient[None, None, :] - middle[None, None, :]) * k_scale[:, :, None]
-    if MEAN:
-        s += constant[None, None, :]
-    s = visible(
-        s, position + start + local, kv_length, mask, head, token, in_range,
-        stride_mh, stride_mq, stride_mk, softcap, Q_LENGTH, MASK, CAUSAL, SOFTCAP,
-    )  # fmt: skip
-    if not FULL:
-        s = tl.where(in_range[:, :, None], s, -INFINITY)
-    if V_BITS == 16:
-        one = tl.full([W, BN], 1.0, tl.float32)
-        p, _, m, total, acc = softmax_step(s, one, one, m, total, acc)
-        v = load_plain(v_codes + (start.to(tl.int64) + local) * VD, in_range, VD, VDP, FULL)
-        v = tl.permute(v, [0, 2, 1])
-    else:
-        scale, lift = load_scales(v_scales + start // scales_a_load(V_SCALES), v_unit, left, W, BN, V_SCALES, FULL)
-        p, decay, m, total, acc = softmax_step(s, scale, lift, m, total, acc)
-        v_at = v_codes + start.to(tl.int64) * (VD * V_BITS // 8)
-        v = load_values(v_at, v_table, left, VD, VDP, V_BITS, V_GRID, W, BN, DTYPE, FAST, FULL)
-        if centre(V_BITS, V_GRID, tl.float32 == DTYPE) > 0:  # of the rounded weights, by the same additions
-            twice = tl.full([W, 16, BN], 2 * centre(V_BITS, True, False) * UNIT, DTYPE)
-            sums = tl.dot(twice, p.to(DTYPE), acc=sums * decay[:, None, :], input_precision="ieee")
-    return m, total, tl.dot(v, p.to(v.dtype), acc=acc, input_precision="ieee"), sums
+    column = tl.arange(0, ROWS)
+    finish(m, total, acc, no_sums, plain, 1.0, tl.arange(0, VDP), out, lse, column, column < present, VDP, NR)
 
 
 @triton.jit
 def _packed(
-    q, k_rotation, mean, part, strides, mask,
-    pair, batch, kv_head, row, valid, head, token, first, end, packed, position, kv_length, factor, softcap,
+    q, k_rotation, mean, part, k_tiles, v_tiles, strides, mask,
+    pair, batch, kv_head, row, valid, present, head, token, first, end, packed, position, kv_length, factor, softcap,
     stride_mh, stride_mq, stride_mk, out, lse,
     KD: tl.constexpr, KDP: tl.constexpr, VD: tl.constexpr, VDP: tl.constexpr, NR: tl.constexpr, Q_LENGTH: tl.constexpr,
-    KIND: tl.constexpr, ORDER: tl.constexpr, MEAN: tl.constexpr,
+    KIND: tl.constexpr, MEAN: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
-    W: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr,
+    W: tl.constexpr, BN: tl.constexpr, SIDES: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr,
     K_TERMS: tl.constexpr, Q_TERMS: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Packed tokens `first` to `end` of a part; see `attend`."""
@@ -136,12 +78,14 @@ def _packed(
     v_scales += batch * vs_stride_b + kv_head * vs_stride_h
     ask_for(k_codes, first, end, KD * K_BITS // 8, W * BN, EARLY)
     ask_for(v_codes, first, end, VD * V_BITS // 8, W * BN, EARLY)
-    wait(EARLY)
-    # all that is to be read, before anything waits
-    k_unit = tl.log2(tl.load(k_units + pair)) if K_SCALES == "byte" or K_SCALES == "bytes" else 0.0
-    v_unit = tl.log2(tl.load(v_units + pair)) if V_SCALES == "byte" or V_SCALES == "bytes" else 0.0
+    if K_BITS < 16:
+        channels = key_channels(KD, KDP, K_BITS)
+        turn = rotation_block(k_rotation, channels, 0, KD, COLUMNS)
     k_step = spacing(k_table, K_BITS) if K_GRID else 1.0
     v_step = spacing(v_table, V_BITS) / UNIT if V_GRID else 1.0
+    wait(EARLY)
+    k_unit = tl.log2(tl.load(k_units + pair)) if K_SCALES == "byte" or K_SCALES == "bytes" else 0.0
+    v_unit = tl.log2(tl.load(v_units + pair)) if V_SCALES == "byte" or V_SCALES == "bytes" else 0.0
     dtype: tl.constexpr = tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16
     ROWS: tl.constexpr = row.shape[0]
     coefficient = tl.full([ROWS], 0.0, tl.float32)
@@ -154,9 +98,8 @@ def _packed(
     if K_BITS == 16:
         query = load_queries(q, row, valid, tl.arange(0, KDP), KD, W)
     else:
-        channels = key_channels(KD, KDP, K_BITS)
         x, norm, constant = rotated(
-            q, k_rotation, mean + pair * KD, row, valid, channels, KD, KDP, MEAN, K_TERMS, Q_TERMS, COLUMNS
+            q, k_rotation, turn, mean + pair * KD, row, valid, channels, KD, KDP, MEAN, K_TERMS, Q_TERMS, COLUMNS
         )
         constant *= factor
         coefficient = norm * (factor / QUERY_LIFT)
@@ -166,68 +109,77 @@ def _packed(
             coefficient *= k_step
             x = (x * low[:, None]).to(dtype)
             if centre(K_BITS, True, dtype == tl.float32) > 0:  # of the rounded query
-                middle = tl.sum(x.to(tl.float32) * (1 / low)[:, None], 0) * coefficient * centre(K_BITS, True, False)
+                up = (tl.zeros([16, 1], tl.float32) + (1 / low)[None, :]).to(dtype)  # a sum as a product: see `rotated`
+                middle = tl.max(tl.dot(up, x, input_precision="ieee"), 0) * coefficient * centre(K_BITS, True, False)
             coefficient /= UNIT
         query = tl.broadcast_to(x.to(dtype)[None, :, :], [W, KDP, ROWS])
-    whole = (end - first) // (W * BN) * (W * BN)
-    for step in tl.range(0, whole, W * BN, num_stages=STAGES):
-        m, total, acc, sums = _packed_tile(
+    whole = (end - first) // (W * BN * SIDES) * (W * BN * SIDES)
+    for step in tl.range(0, whole, W * BN * SIDES, num_stages=STAGES):
+        m, total, acc, sums = packed_tile(
             k_codes, k_scales, k_unit, k_table, v_codes, v_scales, v_unit, v_table, mask,
-            query, coefficient, constant, middle, head, token, first + step, packed, position, kv_length, factor,
-            softcap, stride_mh, stride_mq, stride_mk, m, total, acc, sums,
+            k_tiles, v_tiles, batch, kv_head, query, coefficient, constant, middle, head, token, first + step, packed,
+            position, kv_length, factor, softcap, stride_mh, stride_mq, stride_mk, m, total, acc, sums,
             KD, KDP, VD, VDP, Q_LENGTH, K_BITS, V_BITS, K_GRID, V_GRID, MEAN,
-            MASK, CAUSAL, SOFTCAP, K_SCALES, V_SCALES, W, BN, dtype, FAST, True,
+            MASK, CAUSAL, SOFTCAP, K_SCALES, V_SCALES, W, BN, SIDES, dtype, FAST, True,
         )  # fmt: skip
     for step in tl.range(whole, end - first, W * BN, num_stages=1):
-        m, total, acc, sums = _packed_tile(
+        m, total, acc, sums = packed_tile(
             k_codes, k_scales, k_unit, k_table, v_codes, v_scales, v_unit, v_table, mask,
-            query, coefficient, constant, middle, head, token, first + step, packed, position, kv_length, factor,
-            softcap, stride_mh, stride_mq, stride_mk, m, total, acc, sums,
+            k_tiles, v_tiles, batch, kv_head, query, coefficient, constant, middle, head, token, first + step, packed,
+            position, kv_length, factor, softcap, stride_mh, stride_mq, stride_mk, m, total, acc, sums,
             KD, KDP, VD, VDP, Q_LENGTH, K_BITS, V_BITS, K_GRID, V_GRID, MEAN,
-            MASK, CAUSAL, SOFTCAP, K_SCALES, V_SCALES, W, BN, dtype, FAST, False,
+            MASK, CAUSAL, SOFTCAP, K_SCALES, V_SCALES, W, BN, SIDES, dtype, FAST, False,
         )  # fmt: skip
-    at = value_channels(tl.arange(0, VDP), VD, VDP, V_BITS)
-    place = tl.where(at < VD, value_place(at, VDP, ORDER), -1)
+    at = value_channels(tl.arange(0, VDP), VD, VDP, V_BITS, v_tiles is not None)
+    place = tl.where(at < VD, at, -1)
     low = lowered(at, V_BITS) if V_GRID else tl.full([VDP], 1.0, tl.float32)
-    finish(m, total, acc, tl.max(sums, 1) / 2, low, v_step, place, out, lse, tl.arange(0, ROWS), valid, VDP, NR)
+    sums = tl.max(sums, 1) / 2
+    if SIDES == 2:
+        m, total, acc, sums = split_sides(m), split_sides(total), split_sides(acc), split_sides(sums)
+    column = tl.arange(0, ROWS // SIDES)
+    finish(m, total, acc, sums, low, v_step, place, out, lse, column, column < present, VDP, NR)
 
 
 STRIDES = ("k_b", "k_h", "k_scales_b", "k_scales_h", "v_b", "v_h", "v_scales_b", "v_scales_h")
 NUMBERS = (
     *("far_" + name for name in STRIDES), *("near_" + name for name in STRIDES), "mask_b", "mask_h", "mask_q", "mask_k",
-    "sinks", "far_length", "near_length", "recent", "near_shares", "apart",
+    "sinks", "far_length", "near_length", "recent", "near_shares", "apart", "other_tiles",
 )  # fmt: skip
 """Arguments of `attend` of which no value is special, or it would be compiled anew as tokens grow; so no tuples."""
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def attend(
-    q, k_rotation, mean, plain, far, near, mask, lengths, out, lse, done, sink_logits, v_rotation, result,
+    q, k_rotation, mean, plain, far, near, k_tiles, v_tiles, mask, lengths, out, lse, done, sink_logits, v_rotation,
+    result,
     far_k_b, far_k_h, far_k_scales_b, far_k_scales_h, far_v_b, far_v_h, far_v_scales_b, far_v_scales_h,
     near_k_b, near_k_h, near_k_scales_b, near_k_scales_h, near_v_b, near_v_h, near_v_scales_b, near_v_scales_h,
-    mask_b, mask_h, mask_q, mask_k, sinks, far_length, near_length, recent, near_shares, apart, factor, softcap,
+    mask_b, mask_h, mask_q, mask_k, sinks, far_length, near_length, recent, near_shares, apart, other_tiles,
+    factor, softcap,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, Q_LENGTH: tl.constexpr, ROWS: tl.constexpr, NR: tl.constexpr,
     KD: tl.constexpr, KDP: tl.constexpr, VD: tl.constexpr, VDP: tl.constexpr,
     FAR: tl.constexpr, NEAR: tl.constexpr, MEAN: tl.constexpr, LENGTHS: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
     K_TERMS: tl.constexpr, V_TERMS: tl.constexpr, Q_TERMS: tl.constexpr, SINK: tl.constexpr,
-    W: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr,
-    COLUMNS: tl.constexpr, SHARES: tl.constexpr, V_COLUMNS: tl.constexpr, EARLY: tl.constexpr,
+    W: tl.constexpr, BN: tl.constexpr, SIDES: tl.constexpr, STAGES: tl.constexpr,
+    FAST: tl.constexpr, COLUMNS: tl.constexpr, BRANCH: tl.constexpr, SHARES: tl.constexpr, AGAIN: tl.constexpr,
+    V_COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Attend to one share of one KV head's tokens, for up to ROWS of its queries.
 
     The first share are sinks and recent window, the next `near_shares` the near tokens, the others the far ones. The
     first two kinds have the first programs: to themselves with `apart`, which is how many these are; with 0 these take
     far tokens as well, fewer than the other programs do. A share without tokens gives -inf. The program that is done
-    last merges all shares of its queries; `done` counts, 0 before and after.
+    last merges all shares of its queries; with BRANCH, so many programs with far tokens first have theirs merged by the
+    last of them. `done` counts, 0 before and after.
 
     Arguments as in `decode_attention.attention`. `plain` are keys and values of sinks and window; `far` and `near` are
     codes, scales, units and table of keys, and the same of values; strides are those of codes (in vectors) and scales
     over batch and heads. FAR and NEAR are bits, whether the codebook is a grid, and how scales are read, of keys and of
     values, or None if there is no such part. `lengths` are the tokens in use of sinks, far, near and recent on the
     device, read with LENGTHS: then the numbers of that name are capacities.
-    `out` is `[batch * KV_HEADS, chunks, shares, NR, VDP]`, but for the first share in the space and the order of the
-    far values' codes, or of the near ones if there are no far ones; `lse` is the same without VDP.
+    `out` is `[batch * KV_HEADS, chunks, shares, NR, VDP]`, but for the first share in the space of the values' codes,
+    with those of branches before those of far tokens; `lse` is the same without VDP.
     """
     let_next_start(EARLY)
     pair = tl.program_id(0).to(tl.int64)
@@ -244,7 +196,8 @@ def attend(
         near_length = tl.load(lengths + 2)
         recent = tl.load(lengths + 3)
     kv_length = sinks + far_length + near_length + recent
-    in_group = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    present = tl.minimum(GROUP * Q_LENGTH - tl.program_id(2) * ROWS, NR)
+    in_group = tl.program_id(2) * ROWS + tl.arange(0, ROWS) % (ROWS // SIDES)
     valid = in_group < GROUP * Q_LENGTH
     row = pair * (GROUP * Q_LENGTH) + tl.where(valid, in_group, 0)
     token = tl.where(valid, in_group, 0) % Q_LENGTH
@@ -253,18 +206,19 @@ def attend(
     program = tl.program_id(1)
     others = 1 + near_shares
     sharing = tl.num_programs(1) - apart  # programs with far tokens
-    shares = others + sharing
+    branches = tl.cdiv(sharing, BRANCH) if BRANCH > 0 else 0
+    shares = others + branches + sharing
     number = pair * tl.num_programs(2) + tl.program_id(2)
     lse += number * shares * NR
     out += number * shares * (VDP * NR)
     KIND: tl.constexpr = NEAR if FAR is None else FAR
-    ORDER: tl.constexpr = KIND[3]
+    V_BITS: tl.constexpr = KIND[3]
     ask_for(k_rotation, 0, KD, KD * k_rotation.dtype.element_ty.primitive_bitwidth // 8, KD, EARLY and KIND[0] < 16)
-    ask_for(v_rotation, 0, VD, VD * v_rotation.dtype.element_ty.primitive_bitwidth // 8, VD, EARLY and ORDER < 16)
+    ask_for(v_rotation, 0, VD, VD * v_rotation.dtype.element_ty.primitive_bitwidth // 8, VD, EARLY and V_BITS < 16)
     if program == 0:
         _sinks_and_recent(
             q, k_sinks, k_recent, v_sinks, v_recent, mask,
-            row, valid, head, token, sinks, recent, kv_length, factor, softcap,
+            row, valid, present, head, token, sinks, recent, kv_length, factor, softcap,
             mask_h, mask_q, mask_k, out, lse,
             KD, KDP, VD, VDP, NR, Q_LENGTH, MASK, CAUSAL, SOFTCAP, W, BN, EARLY,
         )  # fmt: skip
@@ -275,36 +229,53 @@ def attend(
         tiles = tl.cdiv(tl.cdiv(near_length, W * BN), near_shares) * (W * BN)
         first = (program - 1) * tiles
         _packed(
-            q, k_rotation, mean, near, strides, mask,
-            pair, batch, kv_head, row, valid, head, token, first, tl.minimum(first + tiles, near_length),
+            q, k_rotation, mean, near, None, None, strides, mask,
+            pair, batch, kv_head, row, valid, present, head, token, first, tl.minimum(first + tiles, near_length),
             near_length, sinks + far_length, kv_length, factor, softcap, mask_h, mask_q, mask_k,
             out + program * (VDP * NR), lse + program * NR,
-            KD, KDP, VD, VDP, NR, Q_LENGTH, NEAR, ORDER, MEAN, MASK, CAUSAL, SOFTCAP, W, BN, 1, FAST,
+            KD, KDP, VD, VDP, NR, Q_LENGTH, NEAR, MEAN, MASK, CAUSAL, SOFTCAP, W, BN, 1, 1, FAST,
             K_TERMS, Q_TERMS, COLUMNS, EARLY,
         )  # fmt: skip
     if FAR is not None and program >= apart:
         strides = far_k_b, far_k_h, far_k_scales_b, far_k_scales_h, far_v_b, far_v_h, far_v_scales_b, far_v_scales_h
+        TILE: tl.constexpr = W * BN * SIDES
         share = program - apart
         loaded = others - apart
-        most = tl.cdiv(tl.cdiv(far_length, W * BN) + loaded * OTHER_TILES, sharing)
-        fewer = tl.maximum(most - OTHER_TILES, 0)
-        first = (tl.minimum(share, loaded) * fewer + tl.maximum(share - loaded, 0) * most) * (W * BN)
-        tiles = tl.where(share < loaded, fewer, most) * (W * BN)
+        most = tl.cdiv(tl.cdiv(far_length, TILE) + loaded * other_tiles, sharing)
+        fewer = tl.maximum(most - other_tiles, 0)
+        first = (tl.minimum(share, loaded) * fewer + tl.maximum(share - loaded, 0) * most) * TILE
+        end = tl.minimum(first + tl.where(share < loaded, fewer, most) * TILE, far_length)
         _packed(
-            q, k_rotation, mean, far, strides, mask,
-            pair, batch, kv_head, row, valid, head, token, first, tl.minimum(first + tiles, far_length),
+            q, k_rotation, mean, far, k_tiles, v_tiles, strides, mask,
+            pair, batch, kv_head, row, valid, present, head, token, first, end,
             far_length, sinks, kv_length, factor, softcap, mask_h, mask_q, mask_k,
-            out + (others + share) * (VDP * NR), lse + (others + share) * NR,
-            KD, KDP, VD, VDP, NR, Q_LENGTH, FAR, ORDER, MEAN, MASK, CAUSAL, SOFTCAP, W, BN, STAGES, FAST,
+            out + (others + branches + share) * (VDP * NR), lse + (others + branches + share) * NR,
+            KD, KDP, VD, VDP, NR, Q_LENGTH, FAR, MEAN, MASK, CAUSAL, SOFTCAP, W, BN, SIDES, STAGES, FAST,
             K_TERMS, Q_TERMS, COLUMNS, EARLY,
         )  # fmt: skip
     tl.debug_barrier()
-    if tl.atomic_add(done + number, 1, sem="acq_rel") == tl.num_programs(1) - 1:
-        tl.store(done + number, 0)
-        merge(
-            out, lse, sink_logits, v_rotation, result, shares,
-            pair * (GROUP * Q_LENGTH) + tl.program_id(2) * ROWS,
-            kv_head * (GROUP * Q_LENGTH) + tl.program_id(2) * ROWS,
-            tl.minimum(GROUP * Q_LENGTH - tl.program_id(2) * ROWS, NR),
-            VD, VDP, NR, ORDER, Q_LENGTH, SINK, V_TERMS, SHARES, V_COLUMNS,
-        )  # fmt: skip
+    arrived = done + number * (1 + branches)
+    waited_for = apart + branches if BRANCH > 0 else tl.num_programs(1)
+    if BRANCH > 0 and program >= apart:
+        branch = (program - apart) // BRANCH
+        first = branch * BRANCH
+        end = tl.minimum(first + BRANCH, sharing)
+        last = tl.atomic_add(arrived + 1 + branch, 1, sem="acq_rel") == end - first - 1
+        if last:
+            tl.store(arrived + 1 + branch, 0)
+            gather(
+                out, lse, others + branches + first, others + branches + end, others + branch, present,
+                VD, VDP, NR, W, BRANCH,
+            )  # fmt: skip
+            tl.debug_barrier()
+    else:
+        last = True
+    if last:  # noqa: SIM102 (here `and` computes both)
+        if tl.atomic_add(arrived, 1, sem="acq_rel") == waited_for - 1:
+            tl.store(arrived, 0)
+            merge(
+                out, lse, sink_logits, v_rotation, result, others + branches if BRANCH > 0 else shares,
+                pair * (GROUP * Q_LENGTH) + tl.program_id(2) * ROWS,
+                kv_head * (GROUP * Q_LENGTH) + tl.program_id(2) * ROWS,
+                present, VD, VDP, NR, V_BITS == 16, Q_LENGTH, SINK, V_TERMS, W, SHARES, AGAIN, V_COLUMNS,
+            )  # fmt: skip

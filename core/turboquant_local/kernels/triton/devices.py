@@ -26,6 +26,12 @@ def hopper(device: torch.device) -> bool:
 
 
 @lru_cache(maxsize=8)
+def copies_tiles(device: torch.device) -> bool:
+    """Whether an engine copies tiles of tensors into shared memory; the interpreter does as if."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@lru_cache(maxsize=8)
 def launch_early(device: torch.device) -> dict[str, bool]:
     """Arguments of a launch that need not wait for the end of the kernel before (programmatic dependent launch).
 

@@ -21,11 +21,11 @@ def visible(
         e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
         s = tl.where(x < 0, -1.0, 1.0) * (1 - e) / (1 + e) * softcap * LOG2E
     if CAUSAL:
-        s = tl.where(position[:, :, None] > kv_length - Q_LENGTH + token[None, None, :], -INFINITY, s)
+        s = tl.where(position > kv_length - Q_LENGTH + token[None, None, :], -INFINITY, s)
     if MASK != "none":
         row_at = head.to(tl.int64) * stride_mh + token * stride_mq
-        at = mask + row_at[None, None, :] + position[:, :, None].to(tl.int64) * stride_mk
-        shown = tl.load(at, mask=in_range[:, :, None], other=0)
+        at = mask + row_at[None, None, :] + position.to(tl.int64) * stride_mk
+        shown = tl.load(at, mask=in_range, other=0)
         if MASK == "bool":
             s = tl.where(shown != 0, s, -INFINITY)
         else:  # the lowest float32 must not overflow on its way to base 2
@@ -50,12 +50,12 @@ def softmax_step(s, scale, lift, m, total, acc):
         Weights `[W, BN, ROWS]`, scale included, what sums so far are to be multiplied by, `[W, ROWS]`, and the three
         running quantities.
     """
-    new = tl.maximum(m, tl.max(s + lift[:, :, None], 1))
+    new = tl.maximum(m, tl.max(s + lift, 1))
     base = tl.where(new == -INFINITY, 0.0, new)
     decay = tl.exp2(m - base)
     weights = tl.exp2(s - base[:, None, :])
     total = total * decay[:, None, :] + weights
-    return weights * scale[:, :, None], decay, new, total, acc * decay[:, None, :]
+    return weights * scale, decay, new, total, acc * decay[:, None, :]
 
 
 @triton.jit
@@ -94,7 +94,9 @@ def finish(
     seen = mass > 0
     share *= (step / tl.where(seen, mass, 1.0))[None, :]
     x = tl.permute((acc * low[None, :, None] - sums[:, None, :]) * share[:, None, :], [1, 2, 0])
-    if W == 8:
+    if W == 16:
+        x = _halved(tl.reshape(x, [DP, ROWS, 8, 2]))
+    if W >= 8:
         x = _halved(tl.reshape(x, [DP, ROWS, 4, 2]))
     if W >= 4:  # not by a reduction: that would take shuffles
         x = _halved(tl.reshape(x, [DP, ROWS, 2, 2]))

@@ -11,6 +11,8 @@ import triton.language as tl
 
 from turboquant_local.codec.scales import STEPS_PER_OCTAVE, UNIT_CODE
 from turboquant_local.kernels.triton.codes import levels, slots
+from turboquant_local.kernels.triton.copied_tiles import copied_elements
+from turboquant_local.kernels.triton.token_order import by_rows
 
 _STEPS, _UNIT_CODE = tl.constexpr(STEPS_PER_OCTAVE), tl.constexpr(UNIT_CODE)
 
@@ -22,12 +24,6 @@ def run(bits: int, padded: int) -> int:
     It takes 32 bits over half the width of the loaded elements.
     """
     return 8 if bits in (1, 6) or (bits == 3 and padded < 128) else 4
-
-
-@triton.jit
-def token_of(w, row, W: tl.constexpr):
-    """Which token of a tile row `row` of warp `w` is: a row is 32r + 8t + p, its token 32(rW + w) + 4p + t."""
-    return (row // 32 * W + w) * 32 + row % 8 * 4 + row // 8 % 4
 
 
 @triton.jit
@@ -44,26 +40,15 @@ def key_channels(D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def value_channels(at, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
+def value_channels(at, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, COPIED: tl.constexpr):
     """Channel of entry `at` of a `load_values` tile's channel dimension, D for padding."""
     S: tl.constexpr = slots(BITS, DP)
     if BITS == 16:
         channel = tl.where(at < D, at, D)
     else:
-        element = at % 8 * (DP // S // 8) + at // 8 % (DP // S // 8)
+        element = at % (DP // S) if COPIED else at % 8 * (DP // S // 8) + at // 8 % (DP // S // 8)
         channel = tl.where(element < D // S, S * element + at // (DP // S), D)
     return channel
-
-
-@triton.jit
-def value_place(channel, DP: tl.constexpr, BITS: tl.constexpr):
-    """Where `value_channels` has a channel."""
-    S: tl.constexpr = slots(BITS, DP)
-    at = channel
-    if BITS < 16:
-        element = channel // S
-        at = channel % S * (DP // S) + element % (DP // S // 8) * 8 + element // (DP // S // 8)
-    return at
 
 
 @triton.jit
@@ -93,6 +78,7 @@ def _load_plane(
 def _load(
     codes, left,
     D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, W: tl.constexpr, R: tl.constexpr, FULL: tl.constexpr,
+    ORDER: tl.constexpr,
 ):  # fmt: skip
     """Packed elements of a tile's tokens `[4, 8, W, R, elements]`; of 3 bits the three planes, of 6 bits the two.
 
@@ -106,15 +92,18 @@ def _load(
     # 16 bytes a thread, which go past L1. Of planes, which share sectors, 8: L1 keeps them for the next. Six-bit codes'
     # second plane is read as their first, or the compiler would give a thread 32 bytes of that.
     MOST: tl.constexpr = C if BITS != 3 else (4 if WIDE else 8)
-    first = codes.to(tl.pointer_type(tl.uint16), bitcast=True) if WIDE else codes
-    x = _load_plane(first, left, PITCH, REAL, C, MOST, W, R, FULL)
-    y = x
-    z = x
-    if BITS == 6:
-        y = _load_plane(codes + D // 2, left, D * BITS // 8, REAL, C, 8, W, R, FULL)
-    if BITS == 3:
-        y = _load_plane(first + REAL, left, PITCH, REAL, C, MOST, W, R, FULL)
-        z = _load_plane(first + 2 * REAL, left, PITCH, REAL, C, MOST, W, R, FULL)
+    if ORDER != "read":
+        x, y, z = copied_elements(codes, D, BITS, W, R)
+    else:
+        first = codes.to(tl.pointer_type(tl.uint16), bitcast=True) if WIDE else codes
+        x = _load_plane(first, left, PITCH, REAL, C, MOST, W, R, FULL)
+        y = x
+        z = x
+        if BITS == 6:
+            y = _load_plane(codes + D // 2, left, D * BITS // 8, REAL, C, 8, W, R, FULL)
+        if BITS == 3:
+            y = _load_plane(first + REAL, left, PITCH, REAL, C, MOST, W, R, FULL)
+            z = _load_plane(first + 2 * REAL, left, PITCH, REAL, C, MOST, W, R, FULL)
     return x, y, z
 
 
@@ -122,7 +111,7 @@ def _load(
 def load_keys(
     codes, table, left,
     D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, GRID: tl.constexpr, W: tl.constexpr, BN: tl.constexpr,
-    DTYPE: tl.constexpr, FAST: tl.constexpr, FULL: tl.constexpr,
+    DTYPE: tl.constexpr, FAST: tl.constexpr, FULL: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
     """Decode a tile of packed keys: `[W, BN, DP]`, tokens as in `token_of`, channels as in `key_channels`.
 
@@ -134,17 +123,22 @@ def load_keys(
     V: tl.constexpr = min(run(BITS, DP), C // 4)
     U: tl.constexpr = min(run(BITS, DP) // V, S)
     R: tl.constexpr = BN // 32
-    a, b, c = _load(codes, left, D, DP, BITS, W, R, FULL)
+    a, b, c = _load(codes, left, D, DP, BITS, W, R, FULL, ORDER)
     x = levels(a, b, c, table, BITS, S, GRID, DTYPE, FAST)
-    x = tl.reshape(x, [4, 8, W, R, 4, C // 4 // V, V, S // U, U])
-    return tl.reshape(tl.permute(x, [2, 3, 0, 1, 7, 5, 4, 8, 6]), [W, BN, DP])
+    x = tl.reshape(x, [4, 2, 2, 2, W, R, 4, C // 4 // V, V, S // U, U])
+    if ORDER == "read":
+        x = tl.permute(x, [4, 5, 0, 1, 2, 3, 9, 7, 6, 10, 8])
+    else:
+        x = tl.permute(x, [4, 5, 0, 1, 3, 2, 9, 7, 6, 10, 8])
+    return tl.reshape(x, [W, BN, DP])
 
 
 @triton.jit
 def load_values(
     codes, table, left,
     D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, GRID: tl.constexpr, W: tl.constexpr, BN: tl.constexpr,
-    DTYPE: tl.constexpr, FAST: tl.constexpr, FULL: tl.constexpr,
+    DTYPE: tl.constexpr, FAST: tl.constexpr, FULL: tl.constexpr, ORDER: tl.constexpr,
+    COPIED: tl.constexpr,
 ):  # fmt: skip
     """Decode a tile of packed values, transposed: `[W, DP, BN]`, channels as in `value_channels`.
 
@@ -153,10 +147,17 @@ def load_values(
     S: tl.constexpr = slots(BITS, DP)
     C: tl.constexpr = DP // S
     R: tl.constexpr = BN // 32
-    a, b, c = _load(codes, left, D, DP, BITS, W, R, FULL)
+    a, b, c = _load(codes, left, D, DP, BITS, W, R, FULL, ORDER)
     x = levels(a, b, c, table, BITS, S, GRID, DTYPE, FAST)
-    x = tl.reshape(x, [4, 8, W, R, 8, C // 8, S])
-    return tl.reshape(tl.permute(x, [2, 6, 5, 4, 3, 0, 1]), [W, DP, BN])
+    if ORDER == "thirds":
+        x = tl.permute(tl.reshape(x, [2, 2, 2, 2, 2, W, R, C, S]), [5, 8, 7, 6, 0, 4, 3, 1, 2])
+    elif ORDER == "copied":
+        x = tl.permute(tl.reshape(x, [2, 2, 2, 2, 2, W, R, C, S]), [5, 8, 7, 6, 2, 4, 0, 3, 1])
+    elif COPIED:
+        x = tl.permute(tl.reshape(x, [4, 8, W, R, C, S]), [2, 5, 4, 3, 0, 1])
+    else:
+        x = tl.permute(tl.reshape(x, [4, 8, W, R, 8, C // 8, S]), [2, 6, 5, 4, 3, 0, 1])
+    return tl.reshape(x, [W, DP, BN])
 
 
 @triton.constexpr_function
@@ -181,9 +182,10 @@ def _rounded_log(x):
 @triton.jit
 def load_scales(
     scales, unit, left,
-    W: tl.constexpr, BN: tl.constexpr, LAYOUT: tl.constexpr, FULL: tl.constexpr,
+    W: tl.constexpr, BN: tl.constexpr, SIDES: tl.constexpr, ROWS: tl.constexpr, LAYOUT: tl.constexpr,
+    FULL: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
-    """Scales of a tile's tokens in float32, 0 from token `left` on, and their logarithms but for 1; both `[W, BN]`.
+    """Scales of a tile's tokens in float32, 0 from token `left` on, and their logarithms but for 1; as `by_rows`.
 
     Args:
         scales: Pointer to the tile's first scale: float16 ("half") or uint8 ("byte"), or int32 where two ("halves")
@@ -192,37 +194,41 @@ def load_scales(
         left: Tokens from there on.
         W: Warps.
         BN: Tokens a warp.
+        SIDES: 1, or 2 for sides; see `token_order`, as for ROWS and ORDER.
+        ROWS: Columns of the scores.
         LAYOUT: "half", "halves", "byte" or "bytes".
         FULL: Whether all tokens are left of `left`.
+        ORDER: Which tokens.
     """
     R: tl.constexpr = BN // 32
     r = tl.arange(0, R)[:, None, None, None]
     w = tl.arange(0, W)[None, :, None, None]
     p = tl.arange(0, 8)[None, None, :, None]
+    # quads of tokens, `[R, W, 8, 1]`; of thirds p's bits are those of g in reverse
+    at = w * 16 + (p % 2 * 4 + p // 2 % 2 * 2 + p // 4) * 2 + r if ORDER == "thirds" else (r * W + w) * 8 + p
     if LAYOUT == "bytes":
-        at = (r * W + w) * 8 + p
         word = tl.load(scales + at) if FULL else tl.load(scales + at, mask=at * 4 < left, other=0)
         low = tl.join(word & 255, (word >> 16) & 255)
         high = tl.join((word >> 8) & 255, (word >> 24) & 255)
         x, log = _from_byte(tl.reshape(tl.join(low, high), [R, W, 8, 4]), unit)
     elif LAYOUT == "halves":
-        at = (r * W + w) * 16 + p * 2 + tl.arange(0, 2)[None, None, None, :]
-        both = tl.load(scales + at) if FULL else tl.load(scales + at, mask=at * 2 < left, other=0)
+        pair = at * 2 + tl.arange(0, 2)[None, None, None, :]
+        both = tl.load(scales + pair) if FULL else tl.load(scales + pair, mask=pair * 2 < left, other=0)
         low = both.to(tl.int16).to(tl.float16, bitcast=True)
         high = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
         x = tl.reshape(tl.join(low, high), [R, W, 8, 4]).to(tl.float32)
         if not FULL:  # a word's second scale may be that of a token not in use: any bits
-            x = tl.where((r * W + w) * 32 + p * 4 + tl.arange(0, 4)[None, None, None, :] < left, x, 0.0)
+            x = tl.where(at * 4 + tl.arange(0, 4)[None, None, None, :] < left, x, 0.0)
         log = _rounded_log(x)
     else:
-        at = (r * W + w) * 32 + p * 4 + tl.arange(0, 4)[None, None, None, :]
-        x = tl.load(scales + at) if FULL else tl.load(scales + at, mask=at < left, other=0)
+        one = at * 4 + tl.arange(0, 4)[None, None, None, :]
+        x = tl.load(scales + one) if FULL else tl.load(scales + one, mask=one < left, other=0)
         if LAYOUT == "byte":
             x, log = _from_byte(x, unit)
         else:
             x = x.to(tl.float32)
             log = _rounded_log(x)
-    return tl.reshape(tl.permute(x, [1, 0, 3, 2]), [W, BN]), tl.reshape(tl.permute(log, [1, 0, 3, 2]), [W, BN])
+    return by_rows(x, SIDES, ROWS, ORDER), by_rows(log, SIDES, ROWS, ORDER)
 
 
 @triton.jit
