@@ -165,7 +165,7 @@ def main() -> None:
                       f"{row['speedup_over_best_16_bit']:>6}x", flush=True)  # fmt: skip
                 del calls, make
                 torch.cuda.empty_cache()
-    write_rows(options.out, rows)
+                write_rows(options.out, rows)  # as they come
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def _launch(query: torch.Tensor, keys: KVView, values: KVView) -> Launch:
     few = query.shape[1] // keys.shape[1] * query.shape[2] <= 4
     bits = max((x.quantizer.bits for x in (keys.far, values.far) if x), default=16)
     if few and each >= 1_500 and bits <= 4:
-        return Launch(sides=2, copies=True, stages=2 if each < 11_000 and bits > 2 else 3, others=5)
+        return Launch(sides=2, copies=True, stages=2 if each < 11_000 and bits > 2 else 3, others=3)
     return Launch(others=6) if each < 11_000 else Launch(waves=3, registers=168)
 
 
