@@ -94,7 +94,8 @@ def prefix_attention() -> str:
 
 def cell(row: Row, field: str, digits: int) -> str:
     """A figure; of a way that failed, what went wrong."""
-    return f"{float(row[field]):.{digits}f}" if row[field] else row.get("decoding", "-").split(":")[0]
+    error, colon, _ = row.get("decoding", "").partition(":")
+    return f"{float(row[field]):.{digits}f}" if row[field] else (error if colon else "")
 
 
 def generate(field: str, digits: int) -> str:
