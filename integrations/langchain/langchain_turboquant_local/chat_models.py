@@ -155,6 +155,7 @@ class ChatTurboQuantLocal(ChatSettings):
         Raises:
             ConfigError: An unknown method, or no schema where there must be one.
             GenerationOptionError: An unknown option.
+            OutputParserException: With the answer: it ended before its object was whole, by `max_tokens` or `stop`.
         """
         check_call(kwargs)
         return structured_model(self, schema, method=method, include_raw=include_raw, strict=strict, **kwargs)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import AsyncIterator, Iterator, Mapping
 from operator import itemgetter
 from typing import Any, Final, Literal, cast
 
+from langchain_core.exceptions import OutputParserException
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
+from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
 from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
-from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.runnables import Runnable, RunnableGenerator, RunnableMap, RunnablePassthrough
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
 
@@ -17,6 +20,12 @@ from turboquant_local.errors import ConfigError
 
 Method = Literal["function_calling", "json_schema", "json_mode"]
 METHODS: Final = ("function_calling", "json_schema", "json_mode")
+
+_ENDED_BY: Final[Mapping[str, str]] = {
+    "length": "max_tokens cut it off; allow more",
+    "tool_calls": "it calls a tool instead; bind no tools beside the schema",
+}
+"""Why a reply holds no whole object, and the way out, by its finish reason."""
 
 Schema = dict[str, Any] | type
 """A pydantic class (v2 or v1), a TypedDict, a JSON schema, or a function or tool in OpenAI's form."""
@@ -64,7 +73,65 @@ def structured_model(
         form = _response_format(schema) if schema is not None else {"type": "json_object"}
         bound = model.bind(response_format=form, ls_structured_output_format=traced, **kwargs)
         parser = PydanticOutputParser(pydantic_object=parsed_as) if parsed_as is not None else JsonOutputParser()
+    parser = _whole(is_call=method == "function_calling") | parser
     return _with_raw(bound, parser) if include_raw else bound | parser
+
+
+class _Reply:
+    """What has come of a reply, to tell at its end whether the object in it is whole."""
+
+    def __init__(self, *, is_call: bool) -> None:
+        self._is_call = is_call
+        self._text = ""
+        self._has_call = False
+        self._finish_reason = ""
+
+    def add(self, message: AIMessage) -> None:
+        """Take the message, or its next chunk."""
+        self._text += message.text
+        self._has_call |= bool(message.tool_calls or (isinstance(message, AIMessageChunk) and message.tool_call_chunks))
+        self._finish_reason = message.response_metadata.get("finish_reason", self._finish_reason)
+
+    def check(self) -> None:
+        """Refuse half an object.
+
+        Raises:
+            OutputParserException: The reply broke off, or is something else.
+        """
+        if not (self._has_call if self._is_call else _is_json(self._text)):
+            why = _ENDED_BY.get(self._finish_reason, "a string of stop ended it; leave that out")
+            raise OutputParserException(f"the reply ends before its object is whole: {why}", llm_output=self._text)
+
+
+def _whole(*, is_call: bool) -> Runnable[Any, Any]:
+    """Let a message through, in chunks or not, and raise behind its end if the object in it is not whole.
+
+    LangChain's parsers complete what breaks off, so that an age of 42 could silently become one of 4.
+    """
+
+    def passed(messages: Iterator[AIMessage]) -> Iterator[AIMessage]:
+        reply = _Reply(is_call=is_call)
+        for message in messages:
+            reply.add(message)
+            yield message
+        reply.check()
+
+    async def apassed(messages: AsyncIterator[AIMessage]) -> AsyncIterator[AIMessage]:
+        reply = _Reply(is_call=is_call)
+        async for message in messages:
+            reply.add(message)
+            yield message
+        reply.check()
+
+    return RunnableGenerator(passed, apassed)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _response_format(schema: Schema) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from enum import Enum
 from typing import Any, Literal, TypedDict
 
 import pytest
+from langchain_core.exceptions import OutputParserException
 from pydantic import BaseModel, Field
 from pydantic.v1 import BaseModel as BaseModelV1
 
@@ -77,8 +78,38 @@ def test_a_broken_object_is_returned_with_its_error(model: ChatTurboQuantLocal) 
     structured = model.with_structured_output(Person, include_raw=True, max_tokens=4)
     answer = structured.invoke(TEXT)
     assert answer["parsed"] is None
-    assert "Person" in str(answer["parsing_error"])
+    assert "max_tokens cut it off" in str(answer["parsing_error"])
     assert answer["raw"].response_metadata["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("schema", [Person, PARAMETERS], ids=["pydantic", "json schema"])
+@pytest.mark.parametrize(
+    ("limit", "why"), [({"max_tokens": 15}, "max_tokens cut it off"), ({"stop": ["Reed"]}, "a string of stop ended it")]
+)
+async def test_half_an_object_is_an_error_and_no_object(
+    model: ChatTurboQuantLocal, schema: Any, method: Any, limit: Any, why: str
+) -> None:
+    # LangChain's parsers would complete '{"name": "Maria' to an object.
+    structured = model.with_structured_output(schema, method=method, **limit)
+    with pytest.raises(OutputParserException, match=why):
+        structured.invoke(TEXT)
+    with pytest.raises(OutputParserException, match=why):
+        await structured.ainvoke(TEXT)
+    with pytest.raises(OutputParserException, match=why):
+        list(structured.stream(TEXT))
+
+
+def test_a_number_is_not_cut(model: ChatTurboQuantLocal, script: Callable[..., Any]) -> None:
+    class Age(BaseModel):
+        age: int
+
+    whole = '{"age": 42}'
+    tokens = len(model.get_token_ids(whole))
+    script(model, whole, whole)
+    with pytest.raises(OutputParserException, match="max_tokens cut it off"):
+        model.with_structured_output(Age, max_tokens=tokens - 1).invoke(TEXT)  # '{"age": 42', which parsers mend
+    assert model.with_structured_output(Age, max_tokens=tokens).invoke(TEXT) == Age(age=42)
 
 
 @pytest.mark.parametrize("method", METHODS)
