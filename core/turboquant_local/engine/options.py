@@ -158,7 +158,7 @@ def _check_extra(extra: Mapping[str, Any]) -> None:
                 continue
             raise GenerationOptionError(f"{name}={value!r}: {_REFUSED[name]}")
         if name not in known:
-            match = get_close_matches(name, [*_OWN_FIELDS, *known], n=1)
+            match = get_close_matches(str(name), [*_OWN_FIELDS, *known], n=1)
             hint = f"did you mean {match[0]!r}?" if match else "see transformers.GenerationConfig for the known names"
             raise GenerationOptionError(f"{name}: no such generation option; {hint}")
 

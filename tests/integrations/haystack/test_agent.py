@@ -37,6 +37,39 @@ def test_tools_of_the_run_win_and_none_can_be_offered(
     equipped.close()
 
 
+class LazyToolset(Toolset):
+    """Has its tools only once it was warmed up, as Haystack's toolsets of remote servers."""
+
+    def __init__(self, tool: Tool) -> None:
+        self._tool = tool
+        super().__init__([])
+
+    def warm_up(self) -> None:
+        self.tools = [self._tool]
+
+
+async def test_a_toolset_that_loads_its_tools_is_there_from_the_first_run(
+    generator: TurboQuantLocalChatGenerator, tiny_model: str, weather: Tool
+) -> None:
+    for run_async in (False, True):
+        equipped = TurboQuantLocalChatGenerator(model=tiny_model, tools=LazyToolset(weather))
+        result = await equipped.run_async(WEATHER_QUESTION) if run_async else equipped.run(WEATHER_QUESTION)
+        assert result["replies"][0].tool_call is not None
+        equipped.close()
+        tools = LazyToolset(weather)
+        result = (
+            await generator.run_async(WEATHER_QUESTION, tools=tools)
+            if run_async
+            else generator.run(WEATHER_QUESTION, tools=tools)
+        )
+        assert result["replies"][0].tool_call is not None
+
+
+def test_what_is_no_tool_is_refused(generator: TurboQuantLocalChatGenerator, weather: Tool) -> None:
+    with pytest.raises(TypeError, match=r"tools must be list\[Union\[Tool, Toolset\]\], Toolset, or None"):
+        generator.run(WEATHER_QUESTION, tools=weather)  # type: ignore[arg-type]
+
+
 def test_two_tools_of_one_name_are_refused(generator: TurboQuantLocalChatGenerator, weather: Tool) -> None:
     with pytest.raises(ValueError, match="Duplicate tool names"):
         TurboQuantLocalChatGenerator(tools=[weather, weather])

@@ -41,6 +41,12 @@ TYPE = "haystack_integrations.components.generators.turboquant_local.chat.chat_g
         ({"generation_kwargs": {"n": 2}}, GenerationOptionError, "one sequence"),
         ({"generation_kwargs": {"temprature": 1}}, GenerationOptionError, "did you mean 'temperature'"),
         ({"generation_kwargs": {"max_new_tokens": 0}}, GenerationOptionError, "expected an integer of 1 or more"),
+        (
+            {"streaming_callback": "print"},
+            ConfigError,
+            "streaming_callback='print': expected a function or None, got a str",
+        ),
+        ({"tool_parsing_function": 3}, ConfigError, "tool_parsing_function=3: expected a function"),
         ({"stop_words": "#", "generation_kwargs": {"stop": 1}}, GenerationOptionError, "expected a list of strings"),
     ],
 )
@@ -128,6 +134,18 @@ def test_a_folder_with_missing_files(tiny_model: str, tmp_path: Path, missing: s
 def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match="nowhere"):
         TurboQuantLocalChatGenerator(model=str(tmp_path / "nowhere")).warm_up()
+
+
+def test_a_token_in_plain_text_is_refused_and_not_repeated() -> None:
+    # It would reach a saved pipeline as it is.
+    with pytest.raises(ConfigError, match="token: expected a Secret or None, got a str") as told:
+        TurboQuantLocalChatGenerator(token="hf_secret")  # type: ignore[arg-type]
+    assert "hf_secret" not in str(told.value)
+
+
+def test_a_callback_of_one_run_that_cannot_be_called(generator: TurboQuantLocalChatGenerator) -> None:
+    with pytest.raises(ConfigError, match="streaming_callback='print'"):
+        generator.run("Hello!", streaming_callback="print")  # type: ignore[arg-type]
 
 
 def test_a_token_that_is_not_set_is_missed_when_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 import torch
-from haystack.utils import ComponentDevice
+from haystack.utils import ComponentDevice, Secret
 from haystack.utils.device import DeviceMap
 
 from haystack_integrations.components.generators.turboquant_local.chat.settings import (
@@ -80,11 +80,12 @@ def test_a_dtype_may_stand_in_several_places_but_only_once(where: dict[str, Any]
         ({}, {"device": "cuda:0"}, r"ComponentDevice.from_str\('cuda:0'\)"),
         ({"device": 1.5}, {}, "device=1.5"),
         ({"model_kwargs": {"attn_implementation": "sdpa"}}, {}, "brings its own attention"),
+        ({"model_kwargs": 3}, {}, "model_kwargs=3: expected a dict, got a int"),
+        ({"token": Secret.from_token("hf_x")}, {}, "give it as token="),
+        ("cpu", {}, "huggingface_pipeline_kwargs='cpu': expected a dict"),
     ],
 )
-def test_what_cannot_be_loaded_is_refused(
-    pipeline_kwargs: dict[str, Any], words: dict[str, Any], complaint: str
-) -> None:
+def test_what_cannot_be_loaded_is_refused(pipeline_kwargs: Any, words: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         _load(pipeline_kwargs, **words)
 
@@ -136,10 +137,13 @@ def test_generation_kwargs_may_turn_thinking_on() -> None:
         ({"return_full_text": True}, "never repeat the prompt"),
         ({"stop_words": 7}, "stop_words=7: expected a list of strings"),
         ({"stop": [""]}, "not empty"),
-        ({"chat_template_kwargs": "x"}, "expected a dict of template variables"),
+        ({"chat_template_kwargs": "x"}, "chat_template_kwargs.*expected a dict, got a str"),
+        ({"max_new_tokens": [5]}, r"max_new_tokens=\[5\]: expected an integer"),
+        ({3: 4}, "3: no such generation option"),
+        ("temperature", "generation_kwargs='temperature': expected a dict, got a str"),
         ({"temprature": 1.0}, "did you mean 'temperature'"),
     ],
 )
-def test_what_cannot_be_generated_is_refused(kwargs: dict[str, Any], complaint: str) -> None:
+def test_what_cannot_be_generated_is_refused(kwargs: Any, complaint: str) -> None:
     with pytest.raises(GenerationOptionError, match=complaint):
         check_options(generation_options(kwargs))

@@ -13,12 +13,14 @@ from typing import Any
 from haystack import component, default_from_dict, default_to_dict
 from haystack.components.generators.utils import _normalize_messages
 from haystack.dataclasses import ChatMessage, ComponentInfo, StreamingCallbackT, select_streaming_callback
-from haystack.tools import ToolsType, flatten_tools_or_toolsets, warm_up_tools
+from haystack.tools import ToolsType, flatten_tools_or_toolsets
 from haystack.tools.tool import _check_duplicate_tool_names
 from haystack.utils import ComponentDevice, Secret
 
 from haystack_integrations.components.generators.turboquant_local.chat.messages import (
     ToolParser,
+    ready_tools,
+    ready_tools_async,
     to_chat_message,
     to_engine_messages,
     to_engine_parser,
@@ -30,6 +32,7 @@ from haystack_integrations.components.generators.turboquant_local.chat.serializa
     plain_parameters,
 )
 from haystack_integrations.components.generators.turboquant_local.chat.settings import (
+    check_kinds,
     generation_options,
     model_spec,
 )
@@ -114,6 +117,7 @@ class TurboQuantLocalChatGenerator:
         dtype: str | None = None,
     ) -> None:
         _check_duplicate_tool_names(flatten_tools_or_toolsets(tools))
+        check_kinds(token=token, streaming_callback=streaming_callback, tool_parsing_function=tool_parsing_function)
         self.model = model
         self.task = task
         self.device = device
@@ -146,10 +150,12 @@ class TurboQuantLocalChatGenerator:
         Raises:
             ModelLoadError: The model cannot be loaded.
         """
+        ready_tools(self.tools, None)
         self._ready()
 
     async def warm_up_async(self) -> None:
         """Load the model without blocking the event loop."""
+        await ready_tools_async(self.tools, None)
         await self._ready_async()
 
     def close(self) -> None:
@@ -211,8 +217,9 @@ class TurboQuantLocalChatGenerator:
             PromptError: A conversation, tool or option that cannot be served.
             ModelError: A model that cannot be loaded or has no chat template.
         """
+        check_kinds(streaming_callback=streaming_callback)
         callback = select_streaming_callback(self.streaming_callback, streaming_callback, requires_async=False)
-        request = self._request(messages, generation_kwargs, tools)
+        request = self._request(messages, generation_kwargs, ready_tools(self.tools, tools))
         if not request["messages"]:
             return {"replies": []}
         engine, requested_at = self._ready(), now()
@@ -239,14 +246,11 @@ class TurboQuantLocalChatGenerator:
             tools: Tools for this run instead of the constructor's.
 
         Returns:
-            `{"replies": [message]}`, or `{"replies": []}` if there are no messages.
-
-        Raises:
-            PromptError: A conversation, tool or option that cannot be served.
-            ModelError: A model that cannot be loaded or has no chat template.
+            What `run` returns; it raises what `run` raises.
         """
+        check_kinds(streaming_callback=streaming_callback)
         callback = select_streaming_callback(self.streaming_callback, streaming_callback, requires_async=True)
-        request = self._request(messages, generation_kwargs, tools)
+        request = self._request(messages, generation_kwargs, await ready_tools_async(self.tools, tools))
         if not request["messages"]:
             return {"replies": []}
         engine, requested_at = await self._ready_async(), now()
@@ -256,7 +260,6 @@ class TurboQuantLocalChatGenerator:
     def _ready(self) -> ChatEngine:
         with self._lock:
             if self._engine is None:
-                warm_up_tools(self.tools)
                 token = self.token.resolve_value() if self.token is not None else None
                 spec = dataclasses.replace(self._spec, token=self._spec.token or token)
                 parser = self.tool_parsing_function
@@ -279,7 +282,7 @@ class TurboQuantLocalChatGenerator:
     def _request(
         self, messages: list[ChatMessage] | str, generation_kwargs: Mapping[str, Any] | None, tools: ToolsType | None
     ) -> dict[str, Any]:
-        flat_tools = flatten_tools_or_toolsets(tools if tools is not None else self.tools)
+        flat_tools = flatten_tools_or_toolsets(tools)
         _check_duplicate_tool_names(flat_tools)
         options = generation_options(generation_kwargs or {})
         if options.stop:

@@ -15,6 +15,7 @@ from haystack.dataclasses import (
     ToolCall,
     ToolCallResult,
 )
+from haystack.tools import ToolsType, flatten_tools_or_toolsets, warm_up_tools, warm_up_tools_async
 from haystack.tools.tool import Tool
 
 from turboquant_local.engine import types as engine
@@ -60,6 +61,24 @@ def to_engine_messages(messages: Sequence[ChatMessage]) -> list[engine.Message]:
     return converted
 
 
+def ready_tools(own: ToolsType | None, given: ToolsType | None) -> ToolsType | None:
+    """The tools of one run: those given, else the component's own; warmed up, since a toolset may have none before.
+
+    Raises:
+        TypeError: Something that is no tool.
+    """
+    tools = _chosen_tools(own, given)
+    warm_up_tools(tools)
+    return tools
+
+
+async def ready_tools_async(own: ToolsType | None, given: ToolsType | None) -> ToolsType | None:
+    """As `ready_tools`, on the event loop that serves the run."""
+    tools = _chosen_tools(own, given)
+    await warm_up_tools_async(tools)
+    return tools
+
+
 def to_engine_tools(tools: Sequence[Tool]) -> tuple[engine.Tool, ...]:
     """Convert tools; their schemas are checked by the engine, which knows what a template can print."""
     return tuple(engine.Tool(tool.name, tool.description, tool.parameters) for tool in tools)
@@ -92,6 +111,12 @@ def to_chat_message(reply: engine.ChatReply, meta: dict[str, Any]) -> ChatMessag
         ],
         meta=meta,
     )
+
+
+def _chosen_tools(own: ToolsType | None, given: ToolsType | None) -> ToolsType | None:
+    tools = own if given is None else given
+    flatten_tools_or_toolsets(tools)  # says what is wrong with anything else
+    return tools
 
 
 def _engine_call(call: ToolCall) -> engine.ToolCall:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
-from haystack.utils import ComponentDevice
+from haystack.utils import ComponentDevice, Secret
 from pydantic import BaseModel
 
 from turboquant_local.engine.loading import ModelSpec
@@ -43,6 +43,23 @@ _PLAIN_OPTIONS: Final = frozenset(f.name for f in dataclasses.fields(GenerationO
 }
 
 
+def check_kinds(*, token: object = None, **callables: object) -> None:
+    """Refuse arguments of the wrong kind now, not when they are used.
+
+    Raises:
+        ConfigError: A token that is no Secret, which would be written into YAML as it is (the message does not repeat
+            it), or a callable that is none.
+    """
+    if not isinstance(token, (Secret, type(None))):
+        raise ConfigError(
+            f"token: expected a Secret or None, got a {type(token).__name__}; write Secret.from_env_var('HF_TOKEN'), "
+            "or Secret.from_token(...) for a component that is never saved"
+        )
+    for name, value in callables.items():
+        if value is not None and not callable(value):
+            raise ConfigError(f"{name}={value!r}: expected a function or None, got a {type(value).__name__}")
+
+
 def model_spec(
     model: str,
     task: str | None,
@@ -56,6 +73,7 @@ def model_spec(
         ConfigError: A field that means nothing here, a task other than text generation, two different dtypes, or a
             value of the wrong kind.
     """
+    _mapping("huggingface_pipeline_kwargs", pipeline_kwargs, ConfigError)
     for name in pipeline_kwargs:
         if name not in PIPELINE_KWARGS:
             raise ConfigError(
@@ -70,7 +88,9 @@ def model_spec(
         raise ConfigError(
             f"device={device!r}: expected a ComponentDevice or None; write ComponentDevice.from_str({str(device)!r})"
         )
-    model_kwargs = dict(pipeline_kwargs.get("model_kwargs") or {})
+    if isinstance(pipeline_kwargs.get("token"), Secret):
+        raise ConfigError("huggingface_pipeline_kwargs['token']: expected a string, got a Secret; give it as token=...")
+    model_kwargs = dict(_mapping("model_kwargs", pipeline_kwargs.get("model_kwargs") or {}, ConfigError))
     if "attn_implementation" in model_kwargs:
         raise ConfigError(
             "model_kwargs['attn_implementation']: the compressed cache brings its own attention; "
@@ -111,20 +131,20 @@ def generation_options(
     Raises:
         GenerationOptionError: An option that cannot be honoured, or one that is given twice.
     """
-    options = dict(kwargs)
+    options = dict(_mapping("generation_kwargs", kwargs, GenerationOptionError))
     for name, way_out in _REFUSED.items():
         if options.pop(name, None):
             raise GenerationOptionError(f"generation_kwargs[{name!r}]: {way_out}")
     lengths = {name: options.pop(name) for name in _LENGTH_WORDS if options.get(name) is not None}
-    if len(set(lengths.values())) > 1:
+    if any(length != next(iter(lengths.values())) for length in lengths.values()):
         raise GenerationOptionError(f"generation_kwargs: {lengths} are one limit; keep max_new_tokens")
     if "n" in options:
         options["num_return_sequences"] = options.pop("n")
-    template_kwargs = options.pop("chat_template_kwargs", None) or {}
-    if not isinstance(template_kwargs, Mapping):
-        raise GenerationOptionError(
-            f"generation_kwargs['chat_template_kwargs']={template_kwargs!r}: expected a dict of template variables"
-        )
+    template_kwargs = _mapping(
+        "generation_kwargs['chat_template_kwargs']",
+        options.pop("chat_template_kwargs", None) or {},
+        GenerationOptionError,
+    )
     stop = [*_strings("stop_words", stop_words)]
     for name in _STOP_WORDS:
         stop += _strings(name, options.pop(name, None))
@@ -148,6 +168,12 @@ def _tool_choice(value: Any) -> Any:
     """The name of a tool that is chosen as OpenAI's API writes it; anything else as it is, for the engine to check."""
     function = value.get("function") if isinstance(value, Mapping) else None
     return function.get("name") if isinstance(function, Mapping) else value
+
+
+def _mapping(name: str, value: Any, error: type[ConfigError | GenerationOptionError]) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise error(f"{name}={value!r}: expected a dict, got a {type(value).__name__}")
+    return value
 
 
 def _strings(name: str, value: object) -> list[str]:
