@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Unicode has set these aside for use inside a program: they are no characters, and no text contains them.
+# Unicode has set these aside for use inside a program: they are no characters, and no text has use for them.
 _BEGIN: Final = "\ufdd0"
 _END: Final = "\ufdd1"
 _MARK: Final = re.compile(f"[{_BEGIN}{_END}]")
@@ -41,17 +41,29 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase, templates: str) -> re.Pat
 
 
 def mark(value: Any, tokens: re.Pattern[str]) -> Any:
-    """Put marks around every control token in a string, or in the strings that lists and mappings hold."""
+    """Put marks around every control token in a string, or in the strings that lists and mappings hold, keys too.
+
+    Marks that a string brings along are taken out.
+    """
     if isinstance(value, str):
         return tokens.sub(rf"{_BEGIN}\g<0>{_END}", _MARK.sub("", value))
     if isinstance(value, Mapping):
-        return {key: mark(item, tokens) for key, item in value.items()}
+        return {mark(key, tokens): mark(item, tokens) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [mark(item, tokens) for item in value]
     return value
 
 
-def encode_marked(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def has_marks(value: Any) -> bool:
+    """Whether a mark stands in a string, or in the strings that lists and mappings hold."""
+    if isinstance(value, str):
+        return _MARK.search(value) is not None
+    if isinstance(value, Mapping):
+        return any(has_marks(key) or has_marks(item) for key, item in value.items())
+    return isinstance(value, list | tuple) and any(map(has_marks, value))
+
+
+def encode_marked(tokenizer: PreTrainedTokenizerBase, text: str, tokens: re.Pattern[str]) -> list[int]:
     """Token ids of a text, without the marks, and with what they stood around as ordinary text.
 
     A control token that is cut after its first character is none any more, whatever the tokenizer.
@@ -60,6 +72,8 @@ def encode_marked(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     def encode(piece: str) -> list[int]:
         return list(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
 
+    # A template that prints a list or a mapping as Python does escapes the marks in it.
+    text = re.sub(rf"\\ufdd0({tokens.pattern})\\ufdd1", rf"{_BEGIN}\1{_END}", text)
     line_break = encode("\n")
     token_ids: list[int] = []
     for piece in filter(None, _MARK.split(_MARKED.sub(rf"{_BEGIN}\1{_BEGIN}\2{_BEGIN}", text))):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from turboquant_local.engine.control_tokens import control_tokens, encode_marked, mark
+from turboquant_local.engine.control_tokens import control_tokens, encode_marked, has_marks, mark
 from turboquant_local.engine.tool_schema import tool_dicts
 from turboquant_local.engine.types import GenerationOptions, Message, Tool
 from turboquant_local.errors import ChatTemplateError, EmptyConversationError, GenerationOptionError, PromptError
@@ -165,10 +165,11 @@ def _token_ids(
     if own or template:
         tokens = control_tokens(tokenizer, f"{template}{own}")
         marked = [mark(part, tokens) for part in given]
-        if marked != given:
+        # Marks that came with a text may stand just where ours do.
+        if has_marks(given) or has_marks(marked):
             conversation, functions, named = marked
             text = _apply(tokenizer, conversation, functions, {**variables, **named}, tokenize=False)
-            return encode_marked(tokenizer, cast(str, text))
+            return encode_marked(tokenizer, cast(str, text), tokens)
     return cast(list[int], _apply(tokenizer, conversation, functions, variables, tokenize=True))
 
 
