@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, cast
 
 from langchain_core.exceptions import OutputParserException
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
-from langchain_core.messages import AIMessage, AIMessageChunk
+from langchain_core.messages import AIMessage
 from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
 from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
 from langchain_core.runnables import Runnable, RunnableGenerator, RunnableMap, RunnablePassthrough
@@ -77,51 +77,33 @@ def structured_model(
     return _with_raw(bound, parser) if include_raw else bound | parser
 
 
-class _Reply:
-    """What has come of a reply, to tell at its end whether the object in it is whole."""
-
-    def __init__(self, *, is_call: bool) -> None:
-        self._is_call = is_call
-        self._text = ""
-        self._has_call = False
-        self._finish_reason = ""
-
-    def add(self, message: AIMessage) -> None:
-        """Take the message, or its next chunk."""
-        self._text += message.text
-        self._has_call |= bool(message.tool_calls or (isinstance(message, AIMessageChunk) and message.tool_call_chunks))
-        self._finish_reason = message.response_metadata.get("finish_reason", self._finish_reason)
-
-    def check(self) -> None:
-        """Refuse half an object.
-
-        Raises:
-            OutputParserException: The reply broke off, or is something else.
-        """
-        if not (self._has_call if self._is_call else _is_json(self._text)):
-            why = _ENDED_BY.get(self._finish_reason, "a string of stop ended it; leave that out")
-            raise OutputParserException(f"the reply ends before its object is whole: {why}", llm_output=self._text)
-
-
 def _whole(*, is_call: bool) -> Runnable[Any, Any]:
     """Let a message through, in chunks or not, and raise behind its end if the object in it is not whole.
 
     LangChain's parsers complete what breaks off, so that an age of 42 could silently become one of 4.
     """
 
+    def check(parts: list[AIMessage]) -> None:
+        text = "".join(part.text for part in parts)
+        if not (any(part.tool_calls for part in parts) if is_call else _is_json(text)):
+            why = _ENDED_BY.get(
+                parts[-1].response_metadata.get("finish_reason", ""), "a string of stop ended it; leave that out"
+            )
+            raise OutputParserException(f"the reply ends before its object is whole: {why}", llm_output=text)
+
     def passed(messages: Iterator[AIMessage]) -> Iterator[AIMessage]:
-        reply = _Reply(is_call=is_call)
+        parts = []
         for message in messages:
-            reply.add(message)
+            parts.append(message)
             yield message
-        reply.check()
+        check(parts)
 
     async def apassed(messages: AsyncIterator[AIMessage]) -> AsyncIterator[AIMessage]:
-        reply = _Reply(is_call=is_call)
+        parts = []
         async for message in messages:
-            reply.add(message)
+            parts.append(message)
             yield message
-        reply.check()
+        check(parts)
 
     return RunnableGenerator(passed, apassed)
 
