@@ -76,6 +76,14 @@ def test_the_key_sees_through_spellings_of_a_folder(monkeypatch: pytest.MonkeyPa
     assert spec(model="tiny-model").key == spec().key
 
 
+@pytest.mark.parametrize("where", ["model_kwargs", "tokenizer_kwargs"])
+@pytest.mark.parametrize("name", ["revision", "token", "trust_remote_code"])
+def test_what_model_and_tokenizer_share_is_given_once(where: str, name: str) -> None:
+    # transformers would load the model of one revision and the tokenizer of another.
+    with pytest.raises(ConfigError, match=rf"{where}\['{name}'\]: model and tokenizer must have the same"):
+        spec(**{where: {name: True}})
+
+
 def test_settings_without_a_hash_stand_for_themselves() -> None:
     class Settings:
         __hash__ = None

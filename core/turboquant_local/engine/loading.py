@@ -29,6 +29,10 @@ DTYPES: Final = ("auto", "float32", "float16", "bfloat16")
 """Names of dtypes that a model can be loaded in; "auto" is the one it was saved in."""
 
 
+_FOR_BOTH: Final = ("revision", "token", "trust_remote_code")
+"""What the tokenizer needs as well as the model, so that it has a field of its own."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """Everything that decides which weights and which tokenizer are loaded.
@@ -44,7 +48,8 @@ class ModelSpec:
         tokenizer_kwargs: Passed to `AutoTokenizer.from_pretrained`.
 
     Raises:
-        ConfigError: An unknown dtype or a device that torch cannot read.
+        ConfigError: An unknown dtype, a device that torch cannot read, or something in `model_kwargs` or
+            `tokenizer_kwargs` that has a field of its own.
     """
 
     model: str
@@ -59,6 +64,12 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model.strip():
             raise ConfigError(f"model={self.model!r}: expected a folder or a name such as 'Qwen/Qwen3-0.6B'")
+        for field_name in ("model_kwargs", "tokenizer_kwargs"):
+            for name in getattr(self, field_name).keys() & set(_FOR_BOTH):
+                raise ConfigError(
+                    f"{field_name}[{name!r}]: model and tokenizer must have the same; give it beside {field_name}, as "
+                    f"{name}"
+                )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"dtype={self.dtype!r}: expected one of {', '.join(DTYPES)}")
         if self.device is not None:
