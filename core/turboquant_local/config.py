@@ -97,7 +97,7 @@ class TurboQuantConfig:
             once it knows the model, and until then a field is None unless it was given. On the embedded model and
             WikiText-2, "balanced" changes perplexity by +0.04 %, "compact" by +0.17 %, "extreme" by +0.36 %, "paper"
             by +0.55 % (README, "How good is it": command, machine, and other measures).
-        k_bits: Bits per key coordinate, one of 1, 2, 3, 4, 8, 16 (16: the model's dtype, nothing lost).
+        k_bits: Bits per key coordinate, one of 1, 2, 3, 4, 6, 8, 16 (16: the model's dtype, nothing lost).
         v_bits: The same for values.
         sink_length: First tokens that stay in the model's dtype (attention sinks).
         residual_length: Most recent tokens that stay in the model's dtype, at most. Tokens leave the window in

@@ -34,6 +34,8 @@ def test_a_call_that_wants_to_sample_beats_defaults_that_do_not() -> None:
         ({"max_new_tokens": True}, "max_new_tokens=True"),
         ({"temperature": -0.1}, "temperature=-0.1: expected a number 0 or more"),
         ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": float("inf")}, "temperature=inf"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty=inf"),
         ({"top_p": 0.0}, "top_p=0.0: expected a number above 0 and at most 1"),
         ({"top_p": 1.1}, "top_p=1.1"),
         ({"top_p": "0.9"}, "top_p='0.9'"),
@@ -49,6 +51,8 @@ def test_a_call_that_wants_to_sample_beats_defaults_that_do_not() -> None:
         ({"extra": {"no_repeat_ngram": 2}}, "did you mean 'no_repeat_ngram_size'"),
         ({"extra": {"max_tokens": 2}}, "did you mean 'max_new_tokens'"),
         ({"extra": {"xyzzy": 2}}, "xyzzy: no such generation option"),
+        ({"extra": {3: 2}}, "3: no such generation option"),
+        ({"extra": {"no_repeat_ngram_size": "2"}}, "no_repeat_ngram_size='2': expected a number"),
         ({"extra": {"temperature": 1.0}}, "use GenerationOptions(temperature=...)"),
         ({"extra": {"num_beams": 4}}, "TurboQuantCache with model.generate"),
         ({"extra": {"num_return_sequences": 2}}, "TurboQuantCache with model.generate"),
@@ -64,6 +68,12 @@ def test_broken_options_are_refused_with_the_way_out(fields: dict[str, object], 
     with pytest.raises(GenerationOptionError) as caught:
         check_options(GenerationOptions(**fields))
     assert words in str(caught.value)
+
+
+def test_options_are_no_dict() -> None:
+    for options in ((None, {"seed": 1}), ({"seed": 1}, None)):
+        with pytest.raises(GenerationOptionError, match=r"options=\{'seed': 1\}: expected GenerationOptions"):
+            merge_options(*options)
 
 
 def test_good_options_pass() -> None:

@@ -134,6 +134,19 @@ def test_a_result_without_its_call(messages: tuple[Message, ...], found: str) ->
         render(*messages)
 
 
+@pytest.mark.parametrize(
+    ("message", "found"),
+    [
+        ({"role": "user", "content": "Hi"}, r"messages\[0\]={.*expected a Message, such as Message\('user', 'Hello'\)"),
+        (Message("bot", "Hi"), r"messages\[0\].role='bot': expected one of system, user, assistant, tool"),
+        (Message("user", None), r"messages\[0\].content=None: expected a string"),
+    ],
+)
+def test_what_is_no_message(message: Any, found: str) -> None:
+    with pytest.raises(PromptError, match=found):
+        render(message)
+
+
 def test_an_empty_conversation() -> None:
     with pytest.raises(EmptyConversationError, match="messages: expected at least one"):
         render()
@@ -156,7 +169,7 @@ def test_no_template() -> None:
             (USER, USER),
             "roles: user, user.*Roles must alternate.*chat",
         ),
-        ("{{ missing.field }}", (USER,), "'missing' is undefined.*template_kwargs"),
+        ("{{ missing.field }}", (USER,), "'missing' is undefined.*chat_template_kwargs"),
         ("{% if %}", (USER,), "Expected an expression"),
         ("{{ 1 + messages[0].content }}", (USER,), "unsupported operand"),
     ],
@@ -185,6 +198,8 @@ def test_a_template_that_cannot_do_without_tools() -> None:
 def test_a_broken_tool_is_refused_before_rendering() -> None:
     with pytest.raises(ToolSchemaError, match="get_weather"):
         render(USER, tools=(WEATHER, WEATHER))
+    with pytest.raises(ToolSchemaError, match=r"tools\[0\]={'name': 'a'}: expected Tool"):
+        render(USER, tools=({"name": "a"},))
 
 
 @pytest.mark.parametrize("name", ["tokenize", "messages", "tools", "add_generation_prompt"])

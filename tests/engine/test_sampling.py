@@ -98,7 +98,9 @@ def test_what_the_engine_decides_is_taken_out_of_the_models_config() -> None:
 
 def test_extra_options_reach_generate_or_are_refused() -> None:
     assert resolve(GenerationOptions(extra={"no_repeat_ngram_size": 3})).config.no_repeat_ngram_size == 3
-    with pytest.raises(GenerationOptionError, match="typical_p=-5"):
-        resolve(GenerationOptions(temperature=1.0, extra={"typical_p": -5}))
+    for name in ("typical_p", "epsilon_cutoff", "eta_cutoff"):
+        for value in (-5, 5):
+            with pytest.raises(GenerationOptionError, match=f"{name}={value}"):
+                resolve(GenerationOptions(temperature=1.0, extra={name: value}))
     with pytest.raises(GenerationOptionError, match="suppress_tokens"):
         resolve(GenerationOptions(extra={"forced_eos_token_id": 3, "suppress_tokens": [3]}))

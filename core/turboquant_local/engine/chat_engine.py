@@ -88,7 +88,7 @@ class ChatEngine:
             tokenizer_kwargs=dict(tokenizer_kwargs or {}),
         )
         self._kept = PromptCache(TurboQuantConfig.parse(kv_cache))
-        self._options = options or GenerationOptions()
+        self._options = merge_options(None, options)
         check_options(self._options)
         self._chat_template = chat_template
         self._tool_parser = tool_parser

@@ -54,15 +54,6 @@ def mark(value: Any, tokens: re.Pattern[str]) -> Any:
     return value
 
 
-def has_marks(value: Any) -> bool:
-    """Whether a mark stands in a string, or in the strings that lists and mappings hold."""
-    if isinstance(value, str):
-        return _MARK.search(value) is not None
-    if isinstance(value, Mapping):
-        return any(has_marks(key) or has_marks(item) for key, item in value.items())
-    return isinstance(value, list | tuple) and any(map(has_marks, value))
-
-
 def encode_marked(tokenizer: PreTrainedTokenizerBase, text: str, tokens: re.Pattern[str]) -> list[int]:
     """Token ids of a text, without the marks, and with what they stood around as ordinary text.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from difflib import get_close_matches
+from math import inf
 from typing import Any, Final
 
 from transformers import GenerationConfig
@@ -97,7 +98,7 @@ def merge_options(defaults: GenerationOptions | None, override: GenerationOption
     A default that contradicts what the override asks for gives way: a temperature given for one call samples even if
     the default says do_sample=False, and do_sample=True drops a default temperature of 0.
     """
-    defaults, override = defaults or GenerationOptions(), override or GenerationOptions()
+    defaults, override = (_given(options) for options in (defaults, override))
     merged: dict[str, Any] = {}
     for field in dataclasses.fields(GenerationOptions):
         default, value = getattr(defaults, field.name), getattr(override, field.name)
@@ -112,6 +113,16 @@ def merge_options(defaults: GenerationOptions | None, override: GenerationOption
     return GenerationOptions(**merged)
 
 
+def _given(options: GenerationOptions | None) -> GenerationOptions:
+    if options is None:
+        return GenerationOptions()
+    if not isinstance(options, GenerationOptions):
+        raise GenerationOptionError(
+            f"options={options!r}: expected GenerationOptions, such as GenerationOptions(seed=1)"
+        )
+    return options
+
+
 def check_options(options: GenerationOptions) -> None:
     """Check every field without a model.
 
@@ -122,10 +133,10 @@ def check_options(options: GenerationOptions) -> None:
     """
     _whole("max_new_tokens", options.max_new_tokens, 1)
     _whole("top_k", options.top_k, 0)
-    _number("temperature", options.temperature, "0 or more", lambda value: value >= 0)
+    _number("temperature", options.temperature, "0 or more", lambda value: 0 <= value < inf)
     _number("top_p", options.top_p, "above 0 and at most 1", lambda value: 0 < value <= 1)
     _number("min_p", options.min_p, "from 0 to 1", lambda value: 0 <= value <= 1)
-    _number("repetition_penalty", options.repetition_penalty, "above 0", lambda value: value > 0)
+    _number("repetition_penalty", options.repetition_penalty, "above 0", lambda value: 0 < value < inf)
     _whole("seed", options.seed, 0)
     if options.seed is not None and options.seed >= 2**64:
         raise GenerationOptionError(f"seed={options.seed}: expected less than 2**64")
@@ -161,6 +172,8 @@ def _check_extra(extra: Mapping[str, Any]) -> None:
             match = get_close_matches(str(name), [*_OWN_FIELDS, *known], n=1)
             hint = f"did you mean {match[0]!r}?" if match else "see transformers.GenerationConfig for the known names"
             raise GenerationOptionError(f"{name}: no such generation option; {hint}")
+        if isinstance(value, str):  # those that take one are refused above
+            raise GenerationOptionError(f"{name}={value!r}: expected a number, a list, True or False, got a string")
 
 
 def _whole(name: str, value: object, least: int) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast, get_args
 
-from turboquant_local.engine.control_tokens import control_tokens, encode_marked, has_marks, mark
+from turboquant_local.engine.control_tokens import control_tokens, encode_marked, mark
 from turboquant_local.engine.tool_schema import tool_dicts
-from turboquant_local.engine.types import GenerationOptions, Message, Tool
+from turboquant_local.engine.types import GenerationOptions, Message, Role, Tool
 from turboquant_local.errors import ChatTemplateError, EmptyConversationError, GenerationOptionError, PromptError
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ _RESERVED: Final = frozenset(
         "tokenizer_kwargs",
     }
 )
+_ROLES: Final = get_args(Role)
 _SHORT_ID: Final = re.compile(r"[a-zA-Z0-9]{9}")
 _WANTS_SHORT_IDS: Final = re.compile(r"length (of )?9\b")
 _THINK_TAIL_TOKENS: Final = 16
@@ -69,7 +70,7 @@ def render_prompt(
     Raises:
         EmptyConversationError: There is no message.
         ToolSchemaError: A tool's name or schema is broken.
-        PromptError: A tool result that answers no earlier call.
+        PromptError: Something that is no message, or a tool result that answers no earlier call.
         GenerationOptionError: A name in `template_kwargs` is no template variable.
         ChatTemplateError: There is no template, it refuses the messages, or it leaves the tools out.
     """
@@ -107,6 +108,7 @@ def _conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
     made: dict[str, str] = {}  # id of an earlier call -> name of its tool
     conversation: list[dict[str, Any]] = []
     for position, message in enumerate(messages):
+        _check_message(message, f"messages[{position}]")
         entry: dict[str, Any] = {"role": message.role, "content": message.content}
         if message.name is not None:
             entry["name"] = message.name
@@ -124,6 +126,16 @@ def _conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
             ]
         conversation.append(entry)
     return conversation
+
+
+def _check_message(message: object, where: str) -> None:
+    # Templates leave out what they do not know, without a word.
+    if not isinstance(message, Message):
+        raise PromptError(f"{where}={message!r}: expected a Message, such as Message('user', 'Hello')")
+    if message.role not in _ROLES:
+        raise PromptError(f"{where}.role={message.role!r}: expected one of {', '.join(_ROLES)}")
+    if not isinstance(message.content, str):
+        raise PromptError(f"{where}.content={message.content!r}: expected a string; join the texts of several parts")
 
 
 def _answered_tool(message: Message, position: int, made: Mapping[str, str]) -> str:
@@ -160,16 +172,14 @@ def _token_ids(
     variables: Mapping[str, Any],
 ) -> list[int]:
     template = variables.get("chat_template", "")
-    given = [conversation, functions, {name: variables[name] for name in variables if name != "chat_template"}]
     own = getattr(tokenizer, "chat_template", None) or ""
     if own or template:
         tokens = control_tokens(tokenizer, f"{template}{own}")
-        marked = [mark(part, tokens) for part in given]
-        # Marks that came with a text may stand just where ours do.
-        if has_marks(given) or has_marks(marked):
-            conversation, functions, named = marked
-            text = _apply(tokenizer, conversation, functions, {**variables, **named}, tokenize=False)
-            return encode_marked(tokenizer, cast(str, text), tokens)
+        named = {name: mark(variables[name], tokens) for name in variables if name != "chat_template"}
+        text = _apply(
+            tokenizer, mark(conversation, tokens), mark(functions, tokens), {**variables, **named}, tokenize=False
+        )
+        return encode_marked(tokenizer, cast(str, text), tokens)
     return cast(list[int], _apply(tokenizer, conversation, functions, variables, tokenize=True))
 
 
@@ -255,6 +265,9 @@ def _refusal(
     if any(message["role"] == "system" for message in conversation) and "system" in reason.lower():
         way_out = "this model takes no system message there: put its text into the first user message"
     else:
-        way_out = "change the messages, set a missing variable with template_kwargs, or pass chat_template=..."
+        way_out = (
+            "change the messages, set a missing variable with chat_template_kwargs (GenerationOptions: "
+            "template_kwargs), or pass chat_template=..."
+        )
     roles = ", ".join(message["role"] for message in conversation[:8]) + (", ..." if len(conversation) > 8 else "")
     return f"the chat template refuses the messages (roles: {roles}): {reason!r}; {way_out}"

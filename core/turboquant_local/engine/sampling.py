@@ -40,9 +40,9 @@ _WARPERS: Final[tuple[tuple[str, Callable[[float], bool], Callable[[Any, torch.d
     ("top_k", lambda value: value != 0, lambda value, _: TopKLogitsWarper(value)),
     ("top_p", lambda value: value < 1, lambda value, _: TopPLogitsWarper(float(value))),
     ("min_p", lambda value: value > 0, lambda value, _: MinPLogitsWarper(value)),
-    ("typical_p", lambda value: value < 1, lambda value, _: TypicalLogitsWarper(value)),
-    ("epsilon_cutoff", lambda value: 0 < value < 1, lambda value, _: EpsilonLogitsWarper(value)),
-    ("eta_cutoff", lambda value: 0 < value < 1, lambda value, device: EtaLogitsWarper(value, device=str(device))),
+    ("typical_p", lambda value: value != 1, lambda value, _: TypicalLogitsWarper(value)),
+    ("epsilon_cutoff", lambda value: value != 0, lambda value, _: EpsilonLogitsWarper(value)),
+    ("eta_cutoff", lambda value: value != 0, lambda value, device: EtaLogitsWarper(value, device=str(device))),
 )
 
 # Transformers' processors insist on floats where a user may well write 1 or 2.

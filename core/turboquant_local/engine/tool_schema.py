@@ -22,12 +22,14 @@ def tool_dicts(tools: Sequence[Tool]) -> list[dict[str, Any]]:
     """The tools as OpenAI function dicts of plain JSON values, which is what chat templates read.
 
     Raises:
-        ToolSchemaError: An empty or ill-formed name, a name given twice, or parameters that are no JSON schema
-            of type "object"; the message names the tool and the part.
+        ToolSchemaError: Something that is no tool, an empty or ill-formed name, a name given twice, or parameters that
+            are no JSON schema of type "object"; the message names the tool and the part.
     """
     dicts: list[dict[str, Any]] = []
     seen: set[str] = set()
     for position, tool in enumerate(tools):
+        if not isinstance(tool, Tool):
+            raise ToolSchemaError(f"tools[{position}]={tool!r}: expected Tool(name, description, parameters)")
         if not isinstance(tool.name, str) or not _NAME.fullmatch(tool.name):
             raise ToolSchemaError(
                 f"tools[{position}].name={tool.name!r}: expected a name without spaces, quotes or brackets; "
