@@ -66,7 +66,9 @@ def generation_options(given: Mapping[str, Any], *, stop: Sequence[str] | str | 
         stop: Strings that end the reply.
     """
     renamed = {own: given[name] for name, own in _RENAMED.items() if given.get(name) is not None}
-    return GenerationOptions(**renamed, stop=(stop,) if isinstance(stop, str) else tuple(stop or ()))
+    # What is no list of strings is left for `check_options` to refuse.
+    listed = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Sequence) else stop or ()
+    return GenerationOptions(**renamed, stop=listed)
 
 
 def check_options(options: GenerationOptions) -> None:

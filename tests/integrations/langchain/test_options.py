@@ -55,6 +55,7 @@ def test_the_options_of_langchain_are_all_taken(model: ChatTurboQuantLocal, tiny
         ({"max_tokens": 0}, "^max_tokens=0: expected"),
         ({"reasoning": 1}, "reasoning=1: expected"),
         ({"stop": [""]}, "stop="),
+        ({"stop": 5}, "stop=5: expected"),
         ({"response_format": {"type": "yaml"}}, "response_format"),
         ({"tool_choice": "any"}, "no tool is bound"),
     ],
@@ -85,8 +86,10 @@ async def test_other_options_are_refused_and_never_dropped(
             r"generation_kwargs\['max_new_tokens'\].*ChatTurboQuantLocal\(max_tokens=",
         ),
         ({"generation_kwargs": {"max_length": 5}}, "max_length=5: use max_tokens"),
-        ({"max_token": 5}, "max_token"),
-        ({"n": 2}, "n\n"),
+        ({"max_token": 5}, "max_token: no such setting; did you mean 'max_tokens'"),
+        ({"do_sample": True}, "do_sample: no such setting;.*generation_kwargs"),
+        ({"n": 2}, "n: no such setting"),
+        ({"model_kwargs": {"revision": "v1"}}, r"model_kwargs\['revision'\].*as revision"),
     ],
 )
 def test_broken_settings_are_refused_at_once(settings: dict[str, Any], named: str) -> None:
