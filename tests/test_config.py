@@ -46,6 +46,8 @@ def test_scale_is_unbiased_unless_the_paper_is_asked_for() -> None:
         ({"preset": 4}, "preset=4"),
         ({"kbits": 4}, r"kbits: no such field.*did you mean 'k_bits'.*known: preset, k_bits"),
         ({"k_bits": 7}, "k_bits=7: expected one of 1, 2, 3, 4, 6, 8, 16"),
+        ({"k_bits": 3.0}, "k_bits=3.0: expected one of"),
+        ({"layer_bits": {1.5: (3, 2)}}, "layer_bits={1.5"),
         ({"v_bits": "4"}, "v_bits='4'"),
         ({"v_bits": True}, "v_bits=True"),
         ({"rotation": "haar"}, "rotation='haar': expected one of auto, hadamard, dense"),

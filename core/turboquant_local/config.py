@@ -171,7 +171,7 @@ class TurboQuantConfig:
             ("scale_bits", SCALE_BITS),
         ):
             value = getattr(self, name)
-            if isinstance(value, bool) or value not in cast(tuple[object, ...], choices):
+            if isinstance(value, bool | float) or value not in cast(tuple[object, ...], choices):
                 raise ConfigError(f"{name}={value!r}: expected one of {', '.join(map(str, choices))}")
         for name in ("sink_length", "residual_length", "near_length", "skip_first_layers", "skip_last_layers", "seed"):
             value = getattr(self, name)

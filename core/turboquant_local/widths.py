@@ -31,7 +31,7 @@ def layer_bits(value: object) -> LayerBits:
     )
     if isinstance(value, Mapping):
         try:
-            value = tuple((int(layer), *bits) for layer, bits in value.items())
+            value = tuple((int(str(layer)), *bits) for layer, bits in value.items())
         except (TypeError, ValueError):
             raise error from None
     if not isinstance(value, tuple):
