@@ -101,8 +101,12 @@ def test_a_text_of_ones_own(invoke: Invoke, quick: list[str], tmp_path: Path) ->
         (["--model", "./nowhere"], "no such folder"),
         (["--model", "testing:nothing"], "expected testing: and one of llama"),
         (["--device", "gpu"], "device='gpu': expected a torch device"),
+        (["--device", "cuda:99"], "device='cuda:99': torch "),
         (["--dtype", "int4"], "dtype='int4': expected one of auto, float32"),
         (["--plot", "plot.doc"], "expected a file name that ends in one of"),
+        (["--plot", "."], "'.' is a directory"),
+        (["--plot", "plot.svg", "--model", "testing:qwen3.5"], "its size does not follow from the config"),
+        (["--window", "64"], "windows of 64 tokens: they end before a token is packed"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

@@ -49,8 +49,8 @@ def compare(
     batch_size: Annotated[int, typer.Option(min=1, help="Windows fed together.")] = 1,
     device: shared.DeviceOption = None,
     dtype: shared.DtypeOption = "auto",
-    csv: Annotated[Path | None, typer.Option(help="File for the table as CSV.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="File for a plot of loss against bytes.")] = None,
+    csv: Annotated[Path | None, typer.Option(dir_okay=False, help="File for the table as CSV.")] = None,
+    plot: Annotated[Path | None, typer.Option(dir_okay=False, help="File for a plot of loss against bytes.")] = None,
     known: Annotated[
         bool, typer.Option("--list", callback=_list, is_eager=True, help="Print the codecs that have a name.")
     ] = False,

@@ -50,7 +50,9 @@ def verify(
     device: shared.DeviceOption = None,
     dtype: shared.DtypeOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="File for a plot: error by layer, loss against bytes.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="File for a plot: error by layer, loss against bytes.")
+    ] = None,
 ) -> None:
     """Check a model with a compressed cache; exit code 1 if it misses a threshold, 2 if it cannot be measured.
 
@@ -67,6 +69,10 @@ def verify(
             loaded = load_model(model, device=device, dtype=dtype)
         choice = choose(kv_cache, loaded.model.config)
         kv_cache = choice.kv_cache
+        name = ", ".join([preset, *(f"{field}={value}" for field, value in bits.items())])
+        verified = TurboQuantCodec(name, kv_cache)
+        if plot is not None:
+            held = size(verified, loaded.model.config)  # cannot be told of every model
         ids, start = shared.windows_of(loaded, text, window, windows, context, stride)
         with shared.progress(console, 2 * len(ids) + 1) as advance:
             found = measure(
@@ -78,9 +84,7 @@ def verify(
             codecs = [find_codec(name) for name in _NEIGHBOURS if name != preset or bits]
             with shared.progress(console, len(codecs) * len(ids)) as advance:
                 rows = compare(loaded.model, ids, codecs, context=start, chunk=chunk, on_progress=advance)
-            name = ", ".join([preset, *(f"{field}={value}" for field, value in bits.items())])
-            verified = TurboQuantCodec(name, kv_cache)
-            rows.append(Comparison(name, size(verified, loaded.model.config), found.fidelity))
+            rows.append(Comparison(name, held, found.fidelity))
             plot_verification(found.layers, rows, plot, title=f"{model}: {name}", highlight=name)
     if as_json:
         typer.echo(json.dumps({**conditions, "windows": list(ids.shape), **found.to_dict()}, indent=2))

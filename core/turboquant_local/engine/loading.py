@@ -188,7 +188,7 @@ def _load(spec: ModelSpec) -> LoadedModel:
     check_model_files(spec.model, model_kwargs=spec.model_kwargs)
     source = resolve_model(spec.model)
     device = spec.device or default_device()
-    _check_device(device)
+    check_device(device)
     hub: dict[str, Any] = {"revision": spec.revision, "token": spec.token, "trust_remote_code": spec.trust_remote_code}
     model_kwargs = dict(spec.model_kwargs)
     if spec.dtype is not None or "dtype" not in model_kwargs:
@@ -207,7 +207,12 @@ def _load(spec: ModelSpec) -> LoadedModel:
     return LoadedModel(model.eval(), tokenizer, defaults)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Refuse a device that is not here.
+
+    Raises:
+        BackendError: torch sees no such device.
+    """
     kind = torch.device(device)
     here = {
         "cuda": torch.cuda.is_available() and (kind.index or 0) < torch.cuda.device_count(),

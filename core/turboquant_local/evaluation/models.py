@@ -8,7 +8,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from turboquant_local.engine.loading import LoadedModel, ModelSpec, acquire_model, default_device
+from turboquant_local.engine.loading import LoadedModel, ModelSpec, acquire_model, check_device, default_device
 from turboquant_local.errors import ModelLoadError
 from turboquant_local.testing import TINY_MODELS, VOCAB_SIZE, tiny_model
 
@@ -36,7 +36,9 @@ def load_model(model: str, *, device: str | None = None, dtype: str | None = Non
     name = model.removeprefix(TESTING)
     if name not in TINY_MODELS:
         raise ModelLoadError(f"model={model!r}: expected {TESTING} and one of {', '.join(TINY_MODELS)}")
-    tiny = tiny_model(name).to(device or default_device())  # type: ignore[arg-type]
+    device = device or default_device()
+    check_device(device)
+    tiny = tiny_model(name).to(device)  # type: ignore[arg-type]
     if dtype not in (None, "auto"):
         tiny = tiny.to(getattr(torch, dtype))
     return LoadedModel(tiny, letter_tokenizer(), GenerationConfig())

@@ -10,9 +10,10 @@ from typing import Any, Final
 import torch
 
 from turboquant_local.cache.auto import choose
+from turboquant_local.cache.layer import CompressedLayer
 from turboquant_local.codec import lloyd_max
 from turboquant_local.config import TurboQuantConfig
-from turboquant_local.errors import ConfigError
+from turboquant_local.errors import ConfigError, EvaluationError
 from turboquant_local.evaluation.codecs.turboquant import TurboQuantCodec
 from turboquant_local.evaluation.fidelity import CHUNK, UNCOMPRESSED, Fidelity, measure_fidelity
 from turboquant_local.evaluation.layers import LayerFidelity, measure_layers
@@ -121,11 +122,18 @@ def verify(
 
     Raises:
         ConfigError: The settings do not fit the model.
-        EvaluationError: The windows leave nothing to score.
+        EvaluationError: The windows leave nothing to score, or end before anything is packed.
     """
     thresholds = thresholds or Thresholds()
     kv_cache = choose(kv_cache, model.config).kv_cache
     codec = TurboQuantCodec(kv_cache.preset, kv_cache)
+    length = windows.shape[1]
+    compresses = any(isinstance(layer, CompressedLayer) for layer in codec.cache(model.config).layers)
+    if compresses and codec.seen(length - 1)[0] == 0:
+        raise EvaluationError(
+            f"windows of {length} tokens: they end before a token is packed, so that every figure would be perfect; "
+            "take longer ones"
+        )
     identity = dataclasses.replace(kv_cache, k_bits=16, v_bits=16, layer_bits=())
     floor_codec = TurboQuantCodec("identity", identity)
     fidelity, floor = measure_fidelity(
