@@ -36,6 +36,13 @@ def test_json(invoke: Invoke, quick: list[str]) -> None:
     assert found["kl_before"] > 0 < found["kl_after"]
 
 
+def test_a_model_whose_bytes_are_unknown(invoke: Invoke, quick: list[str]) -> None:
+    done = invoke("tune", *quick, "--model", "testing:qwen3.5")
+    assert done.exit_code == 0, done.output
+    assert "tuned      mean KL" in done.stdout
+    assert "\nkv_cache={" in done.stdout
+
+
 def test_one_window_leaves_nothing_to_check_on(invoke: Invoke, quick: list[str]) -> None:
     done = invoke("tune", *quick[:-1], "1")
     assert done.exit_code == 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -13,9 +13,9 @@ from rich.table import Table
 from turboquant_local.cache.auto import choose
 from turboquant_local.cli import shared
 from turboquant_local.config import TurboQuantConfig
-from turboquant_local.errors import EvaluationError
+from turboquant_local.errors import ConfigError, EvaluationError
 from turboquant_local.evaluation.codecs.turboquant import TurboQuantCodec
-from turboquant_local.evaluation.comparison import TOKENS, Size, size
+from turboquant_local.evaluation.comparison import TOKENS, size
 from turboquant_local.evaluation.fidelity import CHUNK, Fidelity, measure_fidelity
 from turboquant_local.evaluation.layer_bits import LayerShare, divide_bits, settings
 from turboquant_local.evaluation.models import load_model
@@ -70,7 +70,7 @@ def tune(
     output.print(_table(shares))
     output.print(f"checked on {before.scored_tokens} tokens that were not used to divide", highlight=False)
     for found, codec in ((before, plain), (after, tuned)):
-        output.print(_line(found, size(codec, loaded.model.config)), highlight=False, soft_wrap=True)
+        output.print(_line(found, codec, loaded.model.config), highlight=False, soft_wrap=True)
     output.print(shared.told(conditions), highlight=False, soft_wrap=True)
     output.print(f"kv_cache={json.dumps(fields)}", highlight=False, soft_wrap=True)
 
@@ -85,8 +85,12 @@ def _table(shares: list[LayerShare]) -> Table:
     return table
 
 
-def _line(found: Fidelity, bytes_held: Size) -> str:
+def _line(found: Fidelity, codec: TurboQuantCodec, model_config: Any) -> str:
+    try:
+        ratio = f"{size(codec, model_config).compression:.2f}x at {TOKENS} tokens, "
+    except ConfigError:  # recurrent layers, whose bytes the config does not tell
+        ratio = ""
     return (
-        f"{found.codec:10} {bytes_held.compression:.2f}x at {TOKENS} tokens, mean KL {found.kl_mean:.2g}, "
+        f"{found.codec:10} {ratio}mean KL {found.kl_mean:.2g}, "
         f"median {found.kl_median:.2g}, 99.9 % {found.kl_tail:.2g}, top-1 {found.top1_agreement:.2%}"
     )
