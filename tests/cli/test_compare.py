@@ -53,6 +53,8 @@ def test_without_names_presets_stand_beside_others(invoke: Invoke, quick: list[s
         (["kivi-2:groups=3"], "no such field"),
         (["balanced:k_bits"], "expected fields as name=value"),
         (["balanced:k_bits=7"], "k_bits=7: expected one of"),
+        (["kivi-2:bits=0"], "bits=0: expected an integer from 1 to 8"),
+        (["kivi-2:group=2.5"], "group=2.5: expected an integer from 1"),
     ],
 )
 def test_bad_names_are_one_line_and_exit_code_2(

@@ -104,6 +104,8 @@ def test_bytes_of_a_known_shape() -> None:
     kivi = 2 * 4 * 2 * 64 * (3 + 32 / 64) / 8
     assert find_codec("kivi-3").stored_bytes(config, 1024) == packed * kivi + (1024 - packed) * plain
     assert find_codec("fake-identity").stored_bytes(config, 1024) == 1024 * plain
+    with pytest.raises(EvaluationError, match="group=7: expected a divisor of the head size 64"):
+        find_codec("kivi-2:group=7").stored_bytes(config, 1024)
     assert find_codec("fp8").packed_length(1024) == (1024 - 100) // 32 * 32
     assert find_codec("compact").stored_bytes(config, 1024) == predict_bytes(config, "compact", 1024)
     rotation = 64 * 64 * 4

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from turboquant_local.errors import EvaluationError
 from turboquant_local.evaluation.codecs.uniform import round_trip
 
 
@@ -59,7 +60,15 @@ class KIVIValues:
         return round_trip(groups, self.bits).flatten(-2)
 
     def bits_per_coordinate(self, head_dim: int) -> float:
-        """A code, and the group's scale and zero point."""
+        """A code, and the group's scale and zero point.
+
+        Raises:
+            EvaluationError: Groups do not divide a head.
+        """
+        if head_dim % min(self.group, head_dim):
+            raise EvaluationError(
+                f"group={self.group}: expected a divisor of the head size {head_dim}, or more than it"
+            )
         return self.bits + 32 / min(self.group, head_dim)
 
     def constant_bytes(self, head_dim: int) -> int:

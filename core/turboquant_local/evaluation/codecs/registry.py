@@ -78,6 +78,15 @@ CODECS: Final[Mapping[str, Callable[..., KVCodec]]] = {
 }
 """Makers of codecs: each takes the name to show and the fields to override."""
 
+_MANY: Final = 1 << 20
+_RANGES: Final = {
+    "bits": range(1, 9),
+    "group": range(1, _MANY),
+    "sink_length": range(_MANY),
+    "fewest_recent": range(_MANY),
+}
+"""What the fields of the other codecs may be; those of presets are checked by their config."""
+
 
 def find_codec(text: str) -> KVCodec:
     """The codec that a text names, with fields that override its own if there are any.
@@ -86,7 +95,7 @@ def find_codec(text: str) -> KVCodec:
         text: Such as "balanced", "balanced:k_bits=3,v_bits=2" or "kivi-2:group=32".
 
     Raises:
-        EvaluationError: No such codec or field, or a field that is not written name=value.
+        EvaluationError: No such codec or field, a field that is not written name=value, or a value outside its range.
         ConfigError: A field of `TurboQuantConfig` with a value outside its range.
     """
     name, _, fields = text.partition(":")
@@ -94,8 +103,15 @@ def find_codec(text: str) -> KVCodec:
         match = get_close_matches(name, CODECS, n=1)
         hint = f" (did you mean {match[0]!r}?)" if match else ""
         raise EvaluationError(f"codec={name!r}: expected one of {', '.join(CODECS)}{hint}")
+    given = _fields(text, fields)
+    for field in given.keys() & _RANGES.keys():
+        value, allowed = given[field], _RANGES[field]
+        if isinstance(value, float) or value not in allowed:
+            raise EvaluationError(
+                f"codec={text!r}: {field}={value!r}: expected an integer from {allowed[0]} to {allowed[-1]}"
+            )
     try:
-        return CODECS[name](text, **_fields(text, fields))
+        return CODECS[name](text, **given)
     except TypeError as error:  # from the maker's signature
         raise EvaluationError(f"codec={text!r}: {name} has no such field ({error})") from error
 
