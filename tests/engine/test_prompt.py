@@ -147,6 +147,11 @@ def test_what_is_no_message(message: Any, found: str) -> None:
         render(message)
 
 
+def test_half_a_character() -> None:
+    with pytest.raises(PromptError, match=r"messages or tools: '.*Hi \\ud83d' ends in half a character"):
+        render(Message("user", "Hi \ud83d!"))
+
+
 def test_an_empty_conversation() -> None:
     with pytest.raises(EmptyConversationError, match="messages: expected at least one"):
         render()

@@ -70,7 +70,7 @@ def render_prompt(
     Raises:
         EmptyConversationError: There is no message.
         ToolSchemaError: A tool's name or schema is broken.
-        PromptError: Something that is no message, or a tool result that answers no earlier call.
+        PromptError: Something that is no message, a tool result that answers no earlier call, or half a character.
         GenerationOptionError: A name in `template_kwargs` is no template variable.
         ChatTemplateError: There is no template, it refuses the messages, or it leaves the tools out.
     """
@@ -179,8 +179,19 @@ def _token_ids(
         text = _apply(
             tokenizer, mark(conversation, tokens), mark(functions, tokens), {**variables, **named}, tokenize=False
         )
+        _check_unicode(cast(str, text))
         return encode_marked(tokenizer, cast(str, text), tokens)
     return cast(list[int], _apply(tokenizer, conversation, functions, variables, tokenize=True))
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"messages or tools: {text[max(0, error.start - 20) : error.end]!r} ends in half a character, which no "
+            "tokenizer can read; replace it by text.encode(errors='replace').decode()"
+        ) from None
 
 
 def _require_tools_shown(
