@@ -67,8 +67,7 @@ def test_whatever_changes_the_model_makes_another_one(fields: dict[str, object])
 
 def test_the_default_dtype_has_one_key() -> None:
     assert spec(dtype="auto").key == spec().key
-    kwargs = {"model_kwargs": {"dtype": "float32"}}
-    assert spec(dtype="auto", **kwargs).key != spec(**kwargs).key
+    assert spec(model_kwargs={"dtype": "float32"}).key != spec().key
 
 
 def test_the_key_sees_through_spellings_of_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,6 +81,12 @@ def test_what_model_and_tokenizer_share_is_given_once(where: str, name: str) -> 
     # transformers would load the model of one revision and the tokenizer of another.
     with pytest.raises(ConfigError, match=rf"{where}\['{name}'\]: model and tokenizer must have the same"):
         spec(**{where: {name: True}})
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_a_dtype_is_given_once(name: str) -> None:
+    with pytest.raises(ConfigError, match="dtype='bfloat16': model_kwargs has one too"):
+        spec(dtype="bfloat16", model_kwargs={name: "float32"})
 
 
 def test_settings_without_a_hash_stand_for_themselves() -> None:

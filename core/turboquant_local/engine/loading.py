@@ -72,6 +72,8 @@ class ModelSpec:
                 )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"dtype={self.dtype!r}: expected one of {', '.join(DTYPES)}")
+        if self.dtype is not None and self.model_kwargs.keys() & {"dtype", "torch_dtype"}:
+            raise ConfigError(f"dtype={self.dtype!r}: model_kwargs has one too; keep one of them")
         if self.device is not None:
             try:
                 torch.device(self.device)
