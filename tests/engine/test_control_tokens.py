@@ -104,7 +104,8 @@ def test_a_template_may_take_the_text_apart() -> None:
     rendered = ids(Message("assistant", "Hm.</think>Yes."), template=before)
     assert TINY.decode(rendered) == "<|im_start|>Hm.<|im_end|>"
     assert len(control(rendered)) == 2
-    assert ids(Message("user", "</think>"), template="{{ messages[0].content.split('</think>')[0] }}") == []
+    alone = ids(Message("user", "</think>"), template="{{ messages[0].content.split('</think>')[0] }}.")
+    assert TINY.decode(alone) == "."
 
 
 def test_pieces_get_no_space_from_a_tokenizer_that_begins_texts_with_one() -> None:

@@ -196,6 +196,11 @@ def test_a_template_that_shows_only_some_tools() -> None:
         render(USER, tools=(WEATHER, clock), template="{{ tools[0] | tojson }}")
 
 
+def test_a_template_that_writes_nothing() -> None:
+    with pytest.raises(ChatTemplateError, match="writes nothing"):
+        render(USER, template="{% if false %}x{% endif %}")
+
+
 def test_a_template_that_cannot_do_without_tools() -> None:
     assert "get_weather" in render(USER, tools=(WEATHER,), template="{{ tools[0] | tojson }}")
 

@@ -72,7 +72,7 @@ def render_prompt(
         ToolSchemaError: A tool's name or schema is broken.
         PromptError: Something that is no message, a tool result that answers no earlier call, or half a character.
         GenerationOptionError: A name in `template_kwargs` is no template variable.
-        ChatTemplateError: There is no template, it refuses the messages, or it leaves the tools out.
+        ChatTemplateError: There is no template, it refuses the messages, writes nothing, or leaves the tools out.
     """
     if not messages:
         raise EmptyConversationError("messages: expected at least one message, got none; add a user message to answer")
@@ -81,7 +81,10 @@ def render_prompt(
     variables = _variables(options, chat_template)
     if functions:
         _require_tools_shown(tokenizer, conversation, functions, variables)
-    return _token_ids(tokenizer, conversation, functions, variables)
+    token_ids = _token_ids(tokenizer, conversation, functions, variables)
+    if not token_ids:
+        raise ChatTemplateError("the chat template writes nothing for these messages; pass chat_template=... that does")
+    return token_ids
 
 
 def opens_reasoning(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> bool:
