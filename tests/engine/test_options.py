@@ -52,6 +52,8 @@ def test_a_call_that_wants_to_sample_beats_defaults_that_do_not() -> None:
         ({"extra": {"max_tokens": 2}}, "did you mean 'max_new_tokens'"),
         ({"extra": {"xyzzy": 2}}, "xyzzy: no such generation option"),
         ({"extra": {3: 2}}, "3: no such generation option"),
+        ({"extra": 5}, "extra=5: expected a dict"),
+        ({"template_kwargs": "x"}, "template_kwargs='x': expected a dict"),
         ({"extra": {"no_repeat_ngram_size": "2"}}, "no_repeat_ngram_size='2': expected a number"),
         ({"extra": {"temperature": 1.0}}, "use GenerationOptions(temperature=...)"),
         ({"extra": {"num_beams": 4}}, "TurboQuantCache with model.generate"),
@@ -66,7 +68,7 @@ def test_a_call_that_wants_to_sample_beats_defaults_that_do_not() -> None:
 )
 def test_broken_options_are_refused_with_the_way_out(fields: dict[str, object], words: str) -> None:
     with pytest.raises(GenerationOptionError) as caught:
-        check_options(GenerationOptions(**fields))
+        check_options(merge_options(None, GenerationOptions(**fields)))
     assert words in str(caught.value)
 
 

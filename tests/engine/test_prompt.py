@@ -140,6 +140,8 @@ def test_a_result_without_its_call(messages: tuple[Message, ...], found: str) ->
         ({"role": "user", "content": "Hi"}, r"messages\[0\]={.*expected a Message, such as Message\('user', 'Hello'\)"),
         (Message("bot", "Hi"), r"messages\[0\].role='bot': expected one of system, user, assistant, tool"),
         (Message("user", None), r"messages\[0\].content=None: expected a string"),
+        (Message("assistant", tool_calls=({"name": "f"},)), r"messages\[0\].tool_calls: expected ToolCall.*got {"),
+        (Message("assistant", tool_calls=(ToolCall("f", "{}", "1"),)), r"messages\[0\].tool_calls: .*arguments='{}'"),
     ],
 )
 def test_what_is_no_message(message: Any, found: str) -> None:

@@ -102,7 +102,7 @@ def merge_options(defaults: GenerationOptions | None, override: GenerationOption
     merged: dict[str, Any] = {}
     for field in dataclasses.fields(GenerationOptions):
         default, value = getattr(defaults, field.name), getattr(override, field.name)
-        if field.name in _JOINED:
+        if field.name in _JOINED and isinstance(value, Mapping):  # anything else is for `check_options` to refuse
             merged[field.name] = {**default, **value}
         else:
             merged[field.name] = default if value is None or value == () else value
@@ -144,6 +144,9 @@ def check_options(options: GenerationOptions) -> None:
         value = getattr(options, name)
         if value is not None and not isinstance(value, bool):
             raise GenerationOptionError(f"{name}={value!r}: expected True, False or None")
+    for name in _JOINED:
+        if not isinstance(getattr(options, name), Mapping):
+            raise GenerationOptionError(f"{name}={getattr(options, name)!r}: expected a dict")
     if options.do_sample and options.temperature == 0:
         raise GenerationOptionError("do_sample=True with temperature=0: drop one; temperature=0 means greedy")
     stop = options.stop

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, cast, get_args
 
 from turboquant_local.engine.control_tokens import control_tokens, encode_marked, mark
 from turboquant_local.engine.tool_schema import tool_dicts
-from turboquant_local.engine.types import GenerationOptions, Message, Role, Tool
+from turboquant_local.engine.types import GenerationOptions, Message, Role, Tool, ToolCall
 from turboquant_local.errors import ChatTemplateError, EmptyConversationError, GenerationOptionError, PromptError
 
 if TYPE_CHECKING:
@@ -139,6 +139,9 @@ def _check_message(message: object, where: str) -> None:
         raise PromptError(f"{where}.role={message.role!r}: expected one of {', '.join(_ROLES)}")
     if not isinstance(message.content, str):
         raise PromptError(f"{where}.content={message.content!r}: expected a string; join the texts of several parts")
+    for call in message.tool_calls:
+        if not isinstance(call, ToolCall) or not isinstance(call.arguments, Mapping):
+            raise PromptError(f"{where}.tool_calls: expected ToolCall(name, {{argument: value}}, id), got {call!r}")
 
 
 def _answered_tool(message: Message, position: int, made: Mapping[str, str]) -> str:
@@ -157,8 +160,8 @@ def _variables(options: GenerationOptions, chat_template: str | None) -> dict[st
     for name in options.template_kwargs:
         if name in _RESERVED:
             raise GenerationOptionError(
-                f"template_kwargs[{name!r}]: expected a variable of the chat template, got an argument that rendering "
-                "sets itself; leave it out"
+                f"chat_template_kwargs[{name!r}] (GenerationOptions: template_kwargs): expected a variable of the chat "
+                "template, got an argument that rendering sets itself; leave it out"
             )
     variables = dict(options.template_kwargs)
     if options.enable_thinking is not None:
