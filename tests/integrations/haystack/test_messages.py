@@ -137,3 +137,5 @@ def test_a_parser_of_haystack_calls_serves_the_engine() -> None:
 
     assert list(parse("add")) == [engine.ToolCall("add", {"n": 1}, "x")]
     assert list(parse("")) == []
+    with pytest.raises(TypeError, match=r"tool_parsing_function returned \['call'\]: expected a list of ToolCall"):
+        to_engine_parser(lambda text: [text])("call")  # type: ignore[list-item]

@@ -9,6 +9,7 @@ from haystack.components.generators.utils import print_streaming_chunk
 from haystack.dataclasses import StreamingChunk, ToolCall, ToolCallResult
 
 from haystack_integrations.components.generators.turboquant_local import MetricsCallback
+from turboquant_local.errors import ConfigError
 
 
 def _first() -> StreamingChunk:
@@ -113,6 +114,11 @@ async def test_an_async_callback_behind_it_is_given_back_to_await() -> None:
     assert waiting is not None
     await waiting
     assert seen == ["Hel"]
+
+
+def test_what_cannot_be_called_is_refused() -> None:
+    with pytest.raises(ConfigError, match="then='print': expected a function or None"):
+        MetricsCallback(then="print")  # type: ignore[arg-type]
 
 
 def test_a_deep_copy_is_the_same_object() -> None:

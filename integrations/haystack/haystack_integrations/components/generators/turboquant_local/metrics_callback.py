@@ -14,6 +14,8 @@ from haystack import default_from_dict, default_to_dict
 from haystack.dataclasses import StreamingCallbackT, StreamingChunk
 from haystack.utils import deserialize_callable, serialize_callable
 
+from haystack_integrations.components.generators.turboquant_local.chat.settings import check_kinds
+
 
 @dataclass(frozen=True)
 class StreamMetrics:
@@ -64,9 +66,13 @@ class MetricsCallback:
 
     Attributes:
         replies: What was measured, oldest reply first.
+
+    Raises:
+        ConfigError: `then` cannot be called.
     """
 
     def __init__(self, then: StreamingCallbackT | None = None) -> None:
+        check_kinds(then=then)
         self.then = then
         self.replies: list[StreamMetrics] = []
         self._open: dict[int, tuple[float, int]] = {}

@@ -85,10 +85,17 @@ def to_engine_tools(tools: Sequence[Tool]) -> tuple[engine.Tool, ...]:
 
 
 def to_engine_parser(parser: ToolParser) -> Callable[[str], Sequence[engine.ToolCall]]:
-    """Let the engine call a `tool_parsing_function` that speaks Haystack's ToolCall."""
+    """Let the engine call a `tool_parsing_function` that speaks Haystack's ToolCall.
+
+    Raises:
+        TypeError: From the function made: it returned something else.
+    """
 
     def parse(text: str) -> Sequence[engine.ToolCall]:
-        return [_engine_call(call) for call in parser(text) or ()]
+        calls = list(parser(text) or ())
+        if not all(isinstance(call, ToolCall) for call in calls):
+            raise TypeError(f"tool_parsing_function returned {calls!r}: expected a list of ToolCall, or None")
+        return [_engine_call(call) for call in calls]
 
     return parse
 
