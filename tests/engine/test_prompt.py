@@ -91,7 +91,7 @@ def test_the_template_alone_decides_about_the_bos() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=base, bos_token="<s>", unk_token="[UNK]")
     assert tokenizer("hi").input_ids == [0, 1]
     hi = [Message("user", "hi")]
-    for template, expected in (("{{ bos_token }} hi", [0, 1]), ("hi", [1])):
+    for template, expected in (("{{ bos_token }} hi", [0, 1]), ("{{ 'hi' }}", [1])):
         assert render_prompt(tokenizer, hi, options=GenerationOptions(), chat_template=template) == expected
 
 
@@ -198,6 +198,12 @@ def test_a_template_that_shows_only_some_tools() -> None:
         render(USER, tools=(WEATHER, clock), template="{{ tools[0] | tojson }}")
 
 
+@pytest.mark.parametrize("template", ["", "chat_template.jinja"])
+def test_no_template_at_all(template: str) -> None:
+    with pytest.raises(ChatTemplateError, match=f"chat_template='{template}': expected the text of a Jinja template"):
+        render(USER, template=template)
+
+
 def test_a_template_that_writes_nothing() -> None:
     with pytest.raises(ChatTemplateError, match="writes nothing"):
         render(USER, template="{% if false %}x{% endif %}")
@@ -222,7 +228,8 @@ def test_template_kwargs_cannot_replace_what_rendering_sets(name: str) -> None:
 
 def test_opens_reasoning() -> None:
     def opened(template: str | None = None, **options: Any) -> bool:
-        prompt = render_prompt(TINY, [USER], options=GenerationOptions(**options), chat_template=template)
+        written = template and "{# written #}" + template
+        prompt = render_prompt(TINY, [USER], options=GenerationOptions(**options), chat_template=written)
         return opens_reasoning(TINY, prompt)
 
     assert opened(enable_thinking=True)

@@ -81,6 +81,13 @@ def render_prompt(
     variables = _variables(options, chat_template)
     if functions:
         _require_tools_shown(tokenizer, conversation, functions, variables)
+    own = getattr(tokenizer, "chat_template", None)
+    is_name = isinstance(own, dict) and chat_template in own
+    if chat_template is not None and not is_name and "{" not in str(chat_template):
+        raise ChatTemplateError(
+            f"chat_template={chat_template!r}: expected the text of a Jinja template, which prints the messages; read "
+            "it first if this is a file's name"
+        )
     token_ids = _token_ids(tokenizer, conversation, functions, variables)
     if not token_ids:
         raise ChatTemplateError("the chat template writes nothing for these messages; pass chat_template=... that does")
