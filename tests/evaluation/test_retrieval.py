@@ -104,6 +104,10 @@ def test_accuracy_is_over_all_prompts() -> None:
 def test_what_does_not_fit_is_refused(haystack: Haystack, tiny: LoadedModel) -> None:
     with pytest.raises(EvaluationError, match=r"length=100: 16 facts and the question need \d+ tokens"):
         make_prompts(haystack, "pairs", 100, 0.5, 1)
+    with pytest.raises(EvaluationError, match="task='passkeys': expected one of passkey, pairs, list"):
+        make_prompts(haystack, "passkeys", 512, 0.5, 1)  # type: ignore[arg-type]
+    with pytest.raises(EvaluationError, match=r"lengths=\[512, 4090\]: this model has a context of 4096 tokens"):
+        measure_retrieval(tiny, "One sentence.", [UNCOMPRESSED], lengths=[512, 4090])
     with pytest.raises(EvaluationError, match="expected sentences"):
         Haystack(tiny.tokenizer, "Short.")
 

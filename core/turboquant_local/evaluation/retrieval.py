@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from turboquant_local.engine.loading import LoadedModel
+from turboquant_local.errors import EvaluationError
 from turboquant_local.evaluation.codecs.base import KVCodec
 from turboquant_local.evaluation.decoding import Prompt, decode, end_ids
 from turboquant_local.evaluation.haystack import Haystack
@@ -56,8 +57,10 @@ def make_prompts(
     """Prompts of one kind; the same arguments give the same prompts.
 
     Raises:
-        EvaluationError: The length is too small for the task.
+        EvaluationError: The length is too small for the task, or there is no such task.
     """
+    if task not in TASKS:
+        raise EvaluationError(f"task={task!r}: expected one of {', '.join(TASKS)}")
     make = {"passkey": _passkey, "pairs": _pairs, "list": _list}[task]
     return [make(haystack, length, depth, random.Random(f"{task} {length} {depth} {seed} {i}")) for i in range(samples)]
 
@@ -116,8 +119,13 @@ def measure_retrieval(
         on_progress: Called with a codec's name after each batch.
 
     Raises:
-        EvaluationError: A length is too small for a task.
+        EvaluationError: A length is too small for a task or too great for the model, or there is no such task.
     """
+    if max(lengths, default=0) + _REPLY > loaded.context_length:
+        raise EvaluationError(
+            f"lengths={list(lengths)}: this model has a context of {loaded.context_length} tokens, and a reply takes "
+            f"{_REPLY}; take shorter ones"
+        )
     haystack = Haystack(loaded.tokenizer, text)
     stops = end_ids(loaded.model, loaded.tokenizer, loaded.defaults)
     cells = []
