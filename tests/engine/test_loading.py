@@ -209,6 +209,20 @@ def test_a_file_instead_of_a_folder() -> None:
         acquire_model(spec(model=str(MODEL / "config.json")))
 
 
+@pytest.mark.parametrize(("token", "sent"), [("hf_x", {"token": "hf_x"}), ("", {}), (None, {})])
+def test_an_empty_token_is_not_sent(monkeypatch: pytest.MonkeyPatch, token: str | None, sent: dict[str, str]) -> None:
+    asked: list[dict[str, object]] = []
+
+    def from_pretrained(source: str, **kwargs: object) -> None:
+        asked.append(kwargs)
+        raise OSError("out of reach")
+
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", from_pretrained)
+    with pytest.raises(ModelLoadError):
+        acquire_model(spec(token=token))
+    assert asked == [{**sent, "trust_remote_code": False}]
+
+
 def test_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))

@@ -191,7 +191,11 @@ def _load(spec: ModelSpec) -> LoadedModel:
     source = resolve_model(spec.model)
     device = spec.device or default_device()
     check_device(device)
-    hub: dict[str, Any] = {"revision": spec.revision, "token": spec.token, "trust_remote_code": spec.trust_remote_code}
+    hub: dict[str, Any] = {
+        "revision": spec.revision,
+        "token": spec.token or None,  # an HF_TOKEN that is set but empty is none; sent, the hub refuses it
+        "trust_remote_code": spec.trust_remote_code,
+    }
     model_kwargs = dict(spec.model_kwargs)
     if spec.dtype is not None or "dtype" not in model_kwargs:
         model_kwargs["dtype"] = spec.dtype or "auto"
