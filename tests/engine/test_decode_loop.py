@@ -101,6 +101,17 @@ def test_room_grows_with_the_reply(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache.vram_bytes() == reachable_bytes(cache)
 
 
+def test_a_window_longer_than_the_sample_of_statistics() -> None:
+    """Nothing is packed before it is full."""
+    model, prompt = model_of("llama"), random_tokens(1, 20)
+    theirs, ours = (TurboQuantCache(model.config, "identity", residual_length=80) for _ in range(2))
+    read = Collect(150)
+    expected = model.generate(prompt, past_key_values=theirs, max_new_tokens=150)
+    assert DecodeLoop(capture=False).run(model, ours, prompt, sampling(150), read) == "static"
+    assert read.ids == expected[0, 20:].tolist()
+    assert ours.layers[0]._k.near.length == theirs.layers[0]._k.near.length > 0
+
+
 def test_buffers_are_kept_counted_and_let_go() -> None:
     model, prompt = model_of("llama"), random_tokens(1, 300)
     cache, loop = TurboQuantCache(model.config), DecodeLoop(capture=False)

@@ -204,7 +204,7 @@ def forget_buffers(cache: TurboQuantCache) -> None:
 def window_length(cache: TurboQuantCache) -> int:
     """Most tokens that a step sees unpacked behind the sinks."""
     config = cache.kv_cache
-    whole = config.sink_length + config.sample_length  # nothing is packed before these are there
+    whole = config.sink_length + max(config.sample_length, config.residual_length)  # then the first are packed
     return whole if cache.get_seq_length() < whole else max(config.residual_length, config.block_length)
 
 
