@@ -292,6 +292,19 @@ def test_an_engine_decodes_by_a_graph(options: dict[str, Any], model_folder: str
 
 
 @on_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_an_engine_on_a_device_that_is_not_the_current_one(model_folder: str) -> None:
+    question = [Message("user", "What is the capital of France? " + "Count to nine: 1 2 3 4 5 6 7 8 9. " * 30)]
+    replies = []
+    for device in ("cuda:0", "cuda:1"):
+        with ChatEngine(model_folder, device=device, dtype="float32") as engine:
+            replies.append(engine.chat(question, options=GenerationOptions(max_new_tokens=48)))
+    assert torch.cuda.current_device() == 0
+    assert [reply.metrics.decoding for reply in replies] == ["cuda graph"] * 2
+    assert replies[0].token_ids == replies[1].token_ids
+
+
+@on_gpu
 def test_what_cannot_be_captured_runs_as_it_is() -> None:
     model, prompt = tiny_model("llama", head_dim=64).cuda(), random_tokens(1, 300).cuda()
     expected = model.generate(prompt, past_key_values=TurboQuantCache(model.config, "identity"), max_new_tokens=20)

@@ -96,7 +96,9 @@ def generate_reply(loaded: LoadedModel, kept: PromptCache, request: Request, emi
     start_peak_memory(loaded.device)
     try:
         cache, cached_tokens = kept.prepare(loaded.model, request.prompt_ids)
-        decoding = _run(loaded.model, kept, cache, cached_tokens, request, reader)
+        prompt = torch.tensor([request.prompt_ids], device=loaded.device)  # [1, length]
+        with torch.cuda.device_of(prompt):  # events, streams and captures are those of the current device
+            decoding = _run(loaded.model, kept, cache, cached_tokens, prompt, request, reader)
         kept.record([*request.prompt_ids, *reader.token_ids])
     except BaseException:
         kept.drop()
@@ -112,10 +114,15 @@ def cancelled_reply(loaded: LoadedModel, request: Request, kv_cache: TurboQuantC
 
 
 def _run(
-    model: Any, kept: PromptCache, cache: TurboQuantCache, cached_tokens: int, request: Request, reader: ReplyReader
+    model: Any,
+    kept: PromptCache,
+    cache: TurboQuantCache,
+    cached_tokens: int,
+    prompt: torch.Tensor,
+    request: Request,
+    reader: ReplyReader,
 ) -> str:
     """Generate; returns how it was decoded."""
-    prompt = torch.tensor([request.prompt_ids], device=model.device)  # [1, length]
     obstacle = kept.decode_loop.refusal(model, cache, request.sampling.config)
     if obstacle is None:
         decoding = kept.decode_loop.run(model, cache, prompt, request.sampling, reader.read)
