@@ -106,3 +106,16 @@ def test_another_cache_in_a_prompt_of_pieces() -> None:
     assert torch.equal(other.layers[3]._k.near.codes, alone.layers[3]._k.near.codes)
     assert other.get_seq_length() == 150
     assert cache.get_seq_length() == 300
+
+
+@pytest.mark.parametrize("settings", [{"residual_length": 512}, {"preset": "identity", "sink_length": 0}], ids=str)
+def test_one_head_of_keys(settings: dict[str, Any]) -> None:
+    """Its tokens lie in memory as they are stored: still every layer has a copy of its own."""
+    model, ids = tiny_model("llama", num_key_value_heads=1), random_tokens(1, 256)
+    whole, pieces = (TurboQuantCache(model.config, near_length=0, **settings) for _ in range(2))
+    with torch.no_grad():
+        model(ids, past_key_values=whole)
+        prefill(model, pieces, ids, 0, piece=200)
+        expected, out = (model(ids[:, :1], past_key_values=cache).logits for cache in (whole, pieces))
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert pieces.vram_bytes() == whole.vram_bytes()

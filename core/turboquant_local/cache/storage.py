@@ -115,7 +115,8 @@ class Room:
         """All tokens of a layer: `held`, returned before, and new ones `[batch, num_kv_heads, tokens, head_dim]`."""
         batch, heads, count, size = x.shape
         if self._memory is None or self._memory.shape[1:] != (batch, heads, size):
-            self._memory = x.new_empty(self._tokens, batch, heads, size)
+            # Room for one more, so that no view of tokens is the whole: who keeps some must copy them.
+            self._memory = x.new_empty(self._tokens + 1, batch, heads, size)
         start, stop = held.shape[2], held.shape[2] + count
         self._memory[start:stop] = x.permute(2, 0, 1, 3)
         return self._memory[:stop].permute(1, 2, 0, 3)
