@@ -18,13 +18,22 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.mark.parametrize(
     # Norms of two a layer and one at the end, in Qwen3 of queries and keys too; a gated network a layer; the file's
-    # rotary embedding. Phi-3 has one projection for both halves of its network, Gemma another activation and norm.
-    ("name", "count"),
-    [("llama", 14), ("qwen2", 14), ("qwen3", 22), ("phi3", 10), ("gemma3", 1)],
+    # rotary embedding. Phi-3 has one projection for both halves of its network, Gemma another activation and norm, and
+    # so has Qwen3.5. The norms of recurrent layers take a gate beside the hidden states; Falcon-H1's may do without.
+    ("name", "count", "fields"),
+    [
+        ("llama", 14, {}),
+        ("qwen2", 14, {}),
+        ("qwen3", 22, {}),
+        ("phi3", 10, {}),
+        ("gemma3", 1, {}),
+        ("qwen3.5", 7, {}),
+        ("falcon-h1", 11, {"mamba_rms_norm": True}),
+    ],
 )
 @torch.no_grad()
-def test_the_same_scores(name: str, count: int) -> None:
-    model, ids = tiny_model(name).to(DEVICE), random_tokens(1, 9).to(DEVICE)
+def test_the_same_scores(name: str, count: int, fields: dict[str, object]) -> None:
+    model, ids = tiny_model(name, **fields).to(DEVICE), random_tokens(1, 9).to(DEVICE)
     expected, pair = model(ids).logits, model(ids.repeat(2, 1)).logits
     for _ in range(2):  # what was found is kept
         with fused(model) as exchanged:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -28,6 +29,8 @@ def is_norm(module: Any, kernels: Any, sample: torch.Tensor) -> bool:
     """
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
     if weight is None or eps is None or weight.dim() != 1 or weight.dtype != sample.dtype or "forward" in vars(module):
+        return False
+    if len(inspect.signature(module.forward).parameters) != 1:  # the norms of recurrent layers take a gate too
         return False
     x = noise(2, weight.shape[0], like=weight)
     return close(module(x), kernels.rms_norm(x, weight, eps))
