@@ -1,11 +1,13 @@
 """A model with exchanged operations computes the same, and is itself again afterwards."""
 
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from transformers.models.llama import modeling_llama
 
+from turboquant_local.engine import decode_fusion
 from turboquant_local.engine.decode_fusion import fused
 from turboquant_local.testing import random_tokens, tiny_model
 
@@ -72,3 +74,48 @@ def test_layers_that_are_more_than_a_product_are_left_alone() -> None:
     assert exchanged == 29
     assert len(seen) == 2
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_another_thread_computes_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while it is found out what can be exchanged."""
+    model, ids = tiny_model("llama").to(DEVICE), random_tokens(1, 9).to(DEVICE)
+    expected, near, outs = model(ids).logits, decode_fusion.near, []
+    with ThreadPoolExecutor(1) as pool:
+
+        def compared(a: torch.Tensor, b: torch.Tensor) -> bool:
+            outs.append(pool.submit(torch.no_grad()(lambda: model(ids).logits)).result())
+            return near(a, b)
+
+        monkeypatch.setattr(decode_fusion, "near", compared)
+        with fused(model):
+            pass
+    assert len(outs) >= 8
+    for out in outs:
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_layers_with_other_arguments_and_results_are_left_alone() -> None:
+    """As in a model's own code: a layer that returns a tuple, a network that takes more than hidden states."""
+    model = tiny_model("llama").to(DEVICE)
+    whole = type(model.model.layers[0])
+
+    class Pair(whole):
+        def forward(self, *args: object, **kwargs: object) -> tuple[torch.Tensor, None]:
+            return super().forward(*args, **kwargs), None
+
+    for layer in model.model.layers:
+        layer.__class__ = Pair
+    network = type(model.model.layers[0].mlp)
+
+    class Scaled(network):
+        def forward(self, x: torch.Tensor, scale: float) -> torch.Tensor:
+            return super().forward(x) * scale
+
+    model.model.layers[1].mlp.__class__ = Scaled
+    with fused(model) as exchanged:
+        assert all("forward" not in vars(layer) for layer in model.model.layers)
+        assert "forward" not in vars(model.model.layers[1].mlp)
+    # The four sums are left, and two networks become a gate and an up product less than one.
+    assert exchanged == 31 - 4 + 1

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 
 from turboquant_local.cache import TurboQuantCache
+from turboquant_local.engine import prefill as module
 from turboquant_local.engine.prefill import prefill
 from turboquant_local.testing import random_tokens, tiny_model
 
@@ -119,3 +122,21 @@ def test_one_head_of_keys(settings: dict[str, Any]) -> None:
         expected, out = (model(ids[:, :1], past_key_values=cache).logits for cache in (whole, pieces))
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     assert pieces.vram_bytes() == whole.vram_bytes()
+
+
+def test_two_prompts_that_begin_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One goes through the layers in pieces, the other one whole."""
+    model, ids, plain = tiny_model("llama"), random_tokens(1, 300), module._is_plain
+    expected = prefill(model, TurboQuantCache(model.config), ids, 260)
+
+    def slowly(layer: torch.nn.Module) -> bool:
+        found = plain(layer)
+        time.sleep(0.01)
+        return found
+
+    monkeypatch.setattr(module, "_is_plain", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        run = [pool.submit(prefill, model, TurboQuantCache(model.config), ids, 260, 99) for _ in range(2)]
+        for scores in run:
+            torch.testing.assert_close(scores.result(), expected, rtol=1e-4, atol=1e-5)
+    assert all("forward" not in vars(layer) for layer in model.base_model.layers)

@@ -2,11 +2,14 @@
 
 import importlib.util
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import torch
 from transformers.models.llama import modeling_llama
 
+from turboquant_local.engine import prefill_fusion
+from turboquant_local.engine.decode_fusion import fused as captured
 from turboquant_local.engine.prefill_fusion import fused
 from turboquant_local.testing import random_tokens, tiny_model
 
@@ -92,8 +95,29 @@ def test_two_prompts_at_once() -> None:
         first, second = ExitStack(), ExitStack()
         assert first.enter_context(fused(model)) == 14
         assert second.enter_context(fused(models[0])) == (1 if model is models[0] else 14)
+        third = ExitStack()
+        third.enter_context(captured(model))  # by another engine
         first.close()
         assert modeling_llama.apply_rotary_pos_emb is not original
         second.close()
+        assert modeling_llama.apply_rotary_pos_emb is not original
+        third.close()
         assert modeling_llama.apply_rotary_pos_emb is original
         assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_what_is_found_while_another_thread_exchanges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two engines share a model that has run no prompt yet."""
+    model, other, find = tiny_model("llama").to(DEVICE), ExitStack(), prefill_fusion._exchanges
+
+    def overtaken(*args: Any) -> Any:
+        monkeypatch.undo()
+        assert other.enter_context(fused(model)) == 14
+        return find(*args)
+
+    monkeypatch.setattr(prefill_fusion, "_exchanges", overtaken)
+    with fused(model):
+        pass
+    other.close()
+    with fused(model) as exchanged:
+        assert exchanged == 14

@@ -7,6 +7,7 @@ its own operations.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from turboquant_local.engine.exchange import Rotary, exchange_forward, exchange_rotary, rotary_of
 from turboquant_local.engine.fusion_checks import is_norm, load_kernels, near, noise, rotates_alike
 
 
@@ -36,16 +38,13 @@ def fused(model: Any) -> Iterator[int]:
             count += _exchange_sums(module, kernels, products, sample, stack)
             if is_norm(module, kernels, sample):
                 forward = partial(kernels.rms_norm, weight=module.weight, eps=module.variance_epsilon)
-                module.forward = lambda x, forward=forward: forward(x)
-                stack.callback(delattr, module, "forward")
-                count += 1
+                count += exchange_forward(module, lambda x, forward=forward: forward(x), stack)
             count += _exchange_products(module, products, sample, stack)
         files = {sys.modules[type(module).__module__] for module in model.modules()}
         for file in files:
-            original = getattr(file, "apply_rotary_pos_emb", None)
+            original = rotary_of(file)
             if original is not None and rotates_alike(original, kernels, sample):
-                file.apply_rotary_pos_emb = _with_rotary(original, kernels, sample.device)  # type: ignore[attr-defined]
-                stack.callback(setattr, file, "apply_rotary_pos_emb", original)
+                exchange_rotary(file, partial(_with_rotary, kernels=kernels, device=sample.device), stack)
                 count += 1
         yield count
 
@@ -91,26 +90,33 @@ def _exchange_sums(module: Any, kernels: Any, products: Any, sample: torch.Tenso
         return 0
     original = module.forward
 
-    def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args or hidden_states.numel() != hidden_states.shape[-1]:
-            out: torch.Tensor = original(hidden_states, *args, **kwargs)
-            return out
-        attended, _ = attention(hidden_states=first(hidden_states), **kwargs)
-        total, x = kernels.add_rms_norm(attended, hidden_states, second.weight, second.variance_epsilon)
-        return gated(x, total)
+    def with_attention(attention: Any) -> Callable[..., torch.Tensor]:
+        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if args or hidden_states.numel() != hidden_states.shape[-1]:
+                out: torch.Tensor = original(hidden_states, *args, **kwargs)
+                return out
+            attended, _ = attention(hidden_states=first(hidden_states), **kwargs)
+            total, x = kernels.add_rms_norm(attended, hidden_states, second.weight, second.variance_epsilon)
+            return gated(x, total)
 
+        return forward
+
+    # The model itself keeps its attention: another thread may be using it.
+    other, halved = copy.copy(module), _Halved()
+    other._modules = {**module._modules, "self_attn": halved}
     x = noise(1, 1, second.weight.shape[0], like=second.weight)
-    attention.forward = lambda hidden_states, **_: (hidden_states / 2, None)
     try:
-        alike = near(module(x), forward(x))
-    except (TypeError, ValueError, RuntimeError):  # it takes other things
-        alike = False
-    finally:
-        del attention.forward
-    if alike:
-        module.forward = forward
-        stack.callback(delattr, module, "forward")
-    return int(alike)
+        alike = near(other(x), with_attention(halved)(x))
+    except Exception:  # it takes or returns other things
+        return 0
+    return int(alike and exchange_forward(module, with_attention(attention), stack))
+
+
+class _Halved(torch.nn.Module):
+    """Stands for an attention that needs no cache."""
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        return hidden_states / 2, None
 
 
 def _exchange(module: torch.nn.Module, forward: Callable[..., torch.Tensor], stack: ExitStack) -> None:
@@ -120,8 +126,7 @@ def _exchange(module: torch.nn.Module, forward: Callable[..., torch.Tensor], sta
     def chosen(x: torch.Tensor) -> torch.Tensor:
         return forward(x) if x.numel() == x.shape[-1] else original(x)
 
-    module.forward = chosen
-    stack.callback(delattr, module, "forward")
+    exchange_forward(module, chosen, stack)
 
 
 class _Product:
@@ -161,7 +166,10 @@ def _gated_mlp(module: Any, kernels: Any) -> Callable[..., torch.Tensor] | None:
     if "forward" in vars(module) or gate.bias is not None or up.bias is not None:
         return None
     x = noise(1, 1, gate.in_features, like=gate.weight)
-    expected = module(x)
+    try:
+        expected = module(x)
+    except Exception:  # it takes other things
+        return None
     for activation in kernels.ACTIVATIONS:
 
         def forward(x: torch.Tensor, residual: torch.Tensor | None = None, name: str = activation) -> torch.Tensor:
@@ -174,15 +182,16 @@ def _gated_mlp(module: Any, kernels: Any) -> Callable[..., torch.Tensor] | None:
     return None
 
 
-def _with_rotary(original: Callable[..., Any], kernels: Any, device: torch.device) -> Callable[..., Any]:
+def _with_rotary(original: Rotary, kernels: Any, device: torch.device) -> Rotary:
     def rotary(
         q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         one = q.shape[:3:2] == k.shape[:3:2] == (1, 1) and cos.shape == sin.shape == (1, 1, q.shape[3])
         alike = q.dtype == k.dtype == cos.dtype and q.stride(3) == k.stride(3) == 1 and k.shape[3] == q.shape[3]
         # Another model, in another thread, may call it meanwhile.
         if one and alike and q.device == device and not args and not kwargs:
-            return kernels.rotary(q, k, cos.contiguous(), sin.contiguous())
+            both: tuple[torch.Tensor, torch.Tensor] = kernels.rotary(q, k, cos.contiguous(), sin.contiguous())
+            return both
         return original(q, k, cos, sin, *args, **kwargs)
 
     return rotary

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from turboquant_local.cache import TurboQuantCache, storage
 from turboquant_local.cache.layer import CompressedLayer, settle
 from turboquant_local.engine.decode_step import forward
+from turboquant_local.engine.exchange import exchange_forward, exchanging
 from turboquant_local.engine.prefill_fusion import fused
 
 _PIECE: Final = 16_384
@@ -83,12 +84,12 @@ def _all_at_once(model: Any, cache: TurboQuantCache, ids: torch.Tensor, length: 
 
 def _layer_by_layer(model: Any, cache: TurboQuantCache, ids: torch.Tensor, length: int, piece: int) -> torch.Tensor:
     """Run tokens, in pieces if the cache is empty and the model's layers are plain ones."""
-    pairs = _pairs(model, cache) if cache.get_seq_length() == 0 else []
     pieces = _Pieces(cache, list(pairwise((*range(0, ids.shape[1], piece), ids.shape[1]))), length)
     with ExitStack() as stack:
-        for layer, store in pairs:
-            layer.forward = pieces.of(layer.forward, store, last=store is pairs[-1][1])
-            stack.callback(delattr, layer, "forward")
+        with exchanging:  # all layers or none
+            pairs = _pairs(model, cache) if cache.get_seq_length() == 0 else []
+            for layer, store in pairs:
+                exchange_forward(layer, pieces.of(layer.forward, store, last=store is pairs[-1][1]), stack)
         return forward(model, cache, ids)
 
 

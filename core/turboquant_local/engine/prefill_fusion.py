@@ -11,17 +11,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from threading import Lock
+from functools import partial
 from types import ModuleType
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 import torch
 
+from turboquant_local.engine.exchange import Rotary, exchange_forward, exchange_rotary, rotary_of
 from turboquant_local.engine.fusion_checks import close, is_norm, load_kernels, noise, rotates_alike
 
 Forward = Callable[..., torch.Tensor]
-Rotary = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 _AT_ONCE: Final = 4096
 """Tokens a gated network takes at once: as fast as more, and what it computes on the way is wide."""
@@ -32,11 +32,6 @@ _found = WeakKeyDictionary()
 
 _turns: WeakKeyDictionary[Rotary, bool] = WeakKeyDictionary()
 """What was found of rotary embeddings."""
-
-_rotary: dict[ModuleType, tuple[int, Rotary]] = {}
-"""Files whose rotary embedding is exchanged at the moment: for how many prompts, and what it was before."""
-
-_exchanging = Lock()
 
 
 @contextmanager
@@ -56,17 +51,14 @@ def fused(model: Any) -> Iterator[int]:
             return
         if model not in _found:
             files = {sys.modules[type(module).__module__] for module in model.modules()}
-            _found[model] = _exchanges(model, kernels, sample), files
+            # What another thread has found meanwhile stands: by now it may have exchanged that, and hidden it here.
+            _found.setdefault(model, (_exchanges(model, kernels, sample), files))
         exchanges, files = _found[model]
-        count = 0
-        for module, forward in exchanges:
-            if "forward" not in vars(module):  # else somebody else's hook is in its place
-                module.forward = forward
-                stack.callback(vars(module).pop, "forward", None)
-                count += 1
+        count = sum(exchange_forward(module, forward, stack) for module, forward in exchanges)
         for file in files:
-            if _exchange_rotary(file, kernels, sample):
-                stack.callback(_restore_rotary, file)
+            original = rotary_of(file)
+            if original is not None and _turns_alike(original, kernels, sample):
+                exchange_rotary(file, partial(_with_rotary, kernels=kernels), stack)
                 count += 1
         yield count
 
@@ -121,30 +113,11 @@ def _gated(module: Any, kernels: Any, sample: torch.Tensor) -> Forward | None:
         return None
 
 
-def _exchange_rotary(file: ModuleType, kernels: Any, sample: torch.Tensor) -> bool:
-    """Exchange the rotary embedding of a file; whether it has one that can be."""
-    with _exchanging:
-        users, original = _rotary.get(file, (0, getattr(file, "apply_rotary_pos_emb", None)))
-        if original is None:
-            return False
-        if not users and original not in _turns:
-            with torch.cuda.device_of(sample):
-                _turns[original] = rotates_alike(original, kernels, sample)
-        if not users and not _turns[original]:
-            return False
-        if not users:
-            file.apply_rotary_pos_emb = _with_rotary(original, kernels)  # type: ignore[attr-defined]
-        _rotary[file] = (users + 1, original)
-        return True
-
-
-def _restore_rotary(file: ModuleType) -> None:
-    with _exchanging:
-        users, original = _rotary.pop(file)
-        if users > 1:
-            _rotary[file] = (users - 1, original)
-        else:
-            file.apply_rotary_pos_emb = original  # type: ignore[attr-defined]
+def _turns_alike(original: Rotary, kernels: Any, sample: torch.Tensor) -> bool:
+    if original not in _turns:
+        with torch.cuda.device_of(sample):
+            _turns[original] = rotates_alike(original, kernels, sample)
+    return _turns[original]
 
 
 def _with_rotary(original: Rotary, kernels: Any) -> Rotary:
