@@ -135,6 +135,19 @@ def test_closing_a_stream_ends_the_generation(engine: ChatEngine, gate: Callable
     assert engine.chat(CAPITAL).text == ANSWER
 
 
+def test_a_stream_is_forgotten_in_its_own_thread(engine: ChatEngine) -> None:
+    """As by the garbage collector, which closes it wherever it happens to run."""
+    engine.load()
+    assert engine._loaded is not None
+    streams = [engine.stream(CAPITAL, options=LONG)]
+    next(streams[0])
+    hook = engine._loaded.model.register_forward_pre_hook(lambda *args: streams.clear())
+    reply = ThreadPoolExecutor(1).submit(engine.chat, CAPITAL)
+    assert reply.result(timeout=30).text == ANSWER
+    hook.remove()
+    assert generation_threads() == []
+
+
 def test_an_error_in_the_consumer_ends_the_generation(engine: ChatEngine) -> None:
     def consume() -> None:
         for _ in engine.stream(CAPITAL, options=LONG):

@@ -62,7 +62,9 @@ def stream_events(work: Work, cancel: threading.Event | None) -> Generator[Strea
                 return
     finally:
         cancellation.set()
-        ended.wait()
+        # A forgotten iterator is closed by the garbage collector, in any thread: in this one's own it would wait for ever.
+        if not isinstance(threading.current_thread(), _Worker):
+            ended.wait()
 
 
 async def astream_events(work: Work, cancel: threading.Event | None) -> AsyncGenerator[StreamEvent, None]:
