@@ -105,3 +105,15 @@ def test_codes_do_not_depend_on_batching(dtype: torch.dtype) -> None:
 def test_what_cannot_be_packed_is_refused_when_it_is_made(head_dim: int, bits: int, name: str) -> None:
     with pytest.raises(ConfigError, match=name):
         MSEQuantizer(head_dim, bits)
+
+
+@pytest.mark.parametrize("codebook", ["grid", "lloyd_max"])
+def test_constants_do_not_depend_on_who_asks_first(codebook: str) -> None:
+    """In inference mode, or with another default device. No other test has this head size."""
+    with torch.inference_mode(), torch.device("meta"):
+        quantizer = MSEQuantizer(104, 2, codebook=codebook)
+        constants = quantizer.constants(torch.device("cpu"))
+    assert {x.device.type for x in constants} == {"cpu"}
+    x = torch.randn(3, 104, requires_grad=True)
+    quantizer.dequantize(*quantizer.quantize(x)).sum().backward()
+    assert x.grad is not None

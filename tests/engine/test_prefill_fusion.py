@@ -88,6 +88,13 @@ def test_other_operations_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "forward" in vars(model.model.norm)
 
 
+def test_another_default_device() -> None:
+    """Samples are made where they can be read."""
+    model = tiny_model("llama").to(DEVICE)
+    with torch.device("meta"), fused(model) as exchanged:
+        assert exchanged == 14
+
+
 def test_two_prompts_at_once() -> None:
     """Whichever of them ends first."""
     models, original = [tiny_model("llama").to(DEVICE) for _ in range(2)], modeling_llama.apply_rotary_pos_emb

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
+from turboquant_local.codec.shared import shared
 from turboquant_local.errors import ConfigError
 
 _NODES = 48
@@ -29,7 +29,7 @@ class Codebook:
     mse: float
 
 
-@lru_cache(maxsize=64)
+@shared
 def lloyd_max(head_dim: int, bits: int) -> Codebook:
     """Solve the k-means problem of the paper (Eq. 4) for the exact density of a coordinate (Lemma 1).
 
@@ -86,7 +86,7 @@ def _cells(centroids: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.
     return mass, (w * t).sum(1) / mass, head_dim * (w * (t - centroids[:, None]).square()).sum()
 
 
-@lru_cache(maxsize=1)
+@shared
 def _gauss_legendre() -> tuple[torch.Tensor, torch.Tensor]:
     """Nodes and weights on [-1, 1] (Golub and Welsch)."""
     k = torch.arange(1, _NODES, dtype=torch.float64)

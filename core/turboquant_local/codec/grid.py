@@ -7,9 +7,10 @@ equal distances lose: rotated coordinates of one vector have a largest one, and 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
+
+from turboquant_local.codec.shared import shared
 
 _STEPS = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.335}
 """Best steps for a standard normal coordinate; above four bits the largest of 128 coordinates, 2.75, sets it."""
@@ -18,7 +19,7 @@ FACTORS = {1: (1.0,), 2: (0.7, 0.6, 0.5), 3: (0.9, 0.8, 0.7), 4: (1.0, 0.93, 0.8
 """Shares of the step that just holds a vector's largest coordinate, of which each vector takes the best."""
 
 
-@lru_cache(maxsize=64)
+@shared
 def grid_centroids(head_dim: int, bits: int) -> torch.Tensor:
     """The levels for a unit vector of ordinary shape, `[2**bits]` float32, increasing and symmetric about 0.
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
 from turboquant_local.codec.packing import pack_codes, packed_size, unpack_codes
 from turboquant_local.codec.quantizer import MSEQuantizer
 from turboquant_local.codec.rotation import rotation_matrix
+from turboquant_local.codec.shared import shared
 from turboquant_local.config import Rotation
 from turboquant_local.errors import ConfigError
 
@@ -138,7 +138,7 @@ def _signs(sketch: torch.Tensor) -> torch.Tensor:
     return unpack_codes(sketch, 1).float() * 2 - 1
 
 
-@lru_cache(maxsize=64)
+@shared
 def _sketch_matrix(quantizer: ProductQuantizer, device: torch.device) -> torch.Tensor:
     """S: independent standard Gaussian entries, from Python's own generator as in `codec.rotation`.
 

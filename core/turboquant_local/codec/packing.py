@@ -11,10 +11,9 @@ Bit order, stated once; it is chosen for kernels that take codes out of words wi
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
+from turboquant_local.codec.shared import shared
 from turboquant_local.errors import ConfigError
 
 
@@ -111,7 +110,7 @@ def _look_up(packed: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.embedding(packed.int(), table).flatten(-2)
 
 
-@lru_cache(maxsize=32)
+@shared
 def byte_codes(width: int, device: torch.device) -> torch.Tensor:
     """The codes in every byte of a plane: `[256, 8 / width]` uint8."""
     byte = torch.arange(256, dtype=torch.int32)[:, None]

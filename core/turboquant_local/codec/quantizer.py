@@ -7,7 +7,7 @@ rotated space, still without their scale. Attention works there; only `dequantiz
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -19,6 +19,7 @@ from turboquant_local.codec.packing import byte_codes, pack_codes, packed_size, 
 from turboquant_local.codec.refine import refine_levels
 from turboquant_local.codec.rotation import rotation_matrix
 from turboquant_local.codec.scales import rounded_scales
+from turboquant_local.codec.shared import shared
 from turboquant_local.config import CodebookName, Rotation, Scale
 
 
@@ -214,7 +215,7 @@ def _nearest_centroid(constants: _Constants, y: torch.Tensor) -> tuple[torch.Ten
     return codes, constants.centroids.take(codes.long())
 
 
-@lru_cache(maxsize=64)
+@shared
 def _constants(quantizer: MSEQuantizer, device: torch.device) -> _Constants:
     """One copy a process and device, shared by all layers and caches."""
     if quantizer.codebook == "grid":
@@ -230,7 +231,7 @@ def _constants(quantizer: MSEQuantizer, device: torch.device) -> _Constants:
     )
 
 
-@lru_cache(maxsize=64)
+@shared
 def _rotation_on(head_dim: int, kind: Rotation, seed: int, device: torch.device) -> torch.Tensor:
     """Shared by quantizers of different bits."""
     return rotation_matrix(head_dim, kind, seed).to(device)

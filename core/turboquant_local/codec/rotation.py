@@ -7,15 +7,15 @@ device and with every version of torch.
 from __future__ import annotations
 
 import random
-from functools import lru_cache
 
 import torch
 
+from turboquant_local.codec.shared import shared
 from turboquant_local.config import Rotation
 from turboquant_local.errors import ConfigError
 
 
-@lru_cache(maxsize=64)
+@shared
 def rotation_matrix(head_dim: int, kind: Rotation = "auto", seed: int = 0) -> torch.Tensor:
     """An orthogonal matrix Π (paper, Algorithm 1, line 2); rows are the new axes, so `y = x @ Π.T`.
 

@@ -186,7 +186,7 @@ class _Fetch:
 
     def __init__(self, device: torch.device) -> None:
         self._event = torch.cuda.Event() if device.type == "cuda" else None
-        self._host = torch.empty(1, dtype=torch.long, pin_memory=self._event is not None)
+        self._host = torch.empty(1, dtype=torch.long, device="cpu", pin_memory=self._event is not None)
 
     def start(self, token: torch.Tensor) -> None:
         self._host.copy_(token, non_blocking=True)

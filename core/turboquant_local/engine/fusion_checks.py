@@ -49,7 +49,7 @@ def rotates_alike(original: Callable[..., Any], kernels: Any, sample: torch.Tens
 
 def noise(*shape: int, like: torch.Tensor, seed: int = 0) -> torch.Tensor:
     """The same normal values at every call, of the dtype and on the device of `like`."""
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    values = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     return values.to(like.device, like.dtype)
 
 

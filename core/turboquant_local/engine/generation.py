@@ -81,6 +81,7 @@ class ReplyReader(StoppingCriteria):
                 self._emit(delta)
 
 
+@torch.inference_mode(False)  # a tensor made in it could not be written to in a later call outside of it
 def generate_reply(loaded: LoadedModel, kept: PromptCache, request: Request, emit: Emit) -> ChatReply:
     """Generate one reply and leave its tokens in the kept cache.
 

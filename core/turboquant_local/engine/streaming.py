@@ -62,7 +62,7 @@ def stream_events(work: Work, cancel: threading.Event | None) -> Generator[Strea
                 return
     finally:
         cancellation.set()
-        # A forgotten iterator is closed by the garbage collector, in any thread: in this one's own it would wait for ever.
+        # The garbage collector closes a forgotten iterator in any thread: a generation would wait for itself.
         if not isinstance(threading.current_thread(), _Worker):
             ended.wait()
 
