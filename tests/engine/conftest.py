@@ -49,18 +49,19 @@ def engine(make_engine: Callable[..., ChatEngine]) -> ChatEngine:
 
 
 @pytest.fixture(scope="session")
-def random_model(tmp_path_factory: pytest.TempPathFactory, model_folder: str) -> Callable[[str], str]:
+def random_model(tmp_path_factory: pytest.TempPathFactory, model_folder: str) -> Callable[..., str]:
     """Saves a tiny random model of an architecture, with the embedded model's tokenizer, and returns its folder."""
     folders: dict[str, str] = {}
 
-    def save(name: str) -> str:
-        if name not in folders:
+    def save(name: str, **config: object) -> str:
+        key = f"{name} {config}"
+        if key not in folders:
             folder = tmp_path_factory.mktemp(name)
-            tiny_model(name, vocab_size=4096).save_pretrained(folder)
+            tiny_model(name, vocab_size=4096, **config).save_pretrained(folder)
             for file in ("tokenizer.json", "tokenizer_config.json"):
                 shutil.copy(Path(model_folder) / file, folder / file)
-            folders[name] = str(folder)
-        return folders[name]
+            folders[key] = str(folder)
+        return folders[key]
 
     return save
 

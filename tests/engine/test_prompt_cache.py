@@ -1,8 +1,10 @@
 """The kept cache: what it saves, and that nobody can tell from the answers."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from turboquant_local.engine import (
@@ -12,6 +14,7 @@ from turboquant_local.engine import (
     Message,
     prompt_cache,
 )
+from turboquant_local.engine.decode_loop import DecodeLoop
 
 MakeEngine = Callable[..., ChatEngine]
 Ask = Callable[..., Message]
@@ -112,6 +115,34 @@ def test_sliding_windows_and_recurrent_layers(
         messages = [*messages, Message("assistant", "I know."), Message("user", "Then say it.")]
     assert set(first.metrics.bypassed_layers.values()) <= {"sliding window", "linear attention"}
     assert first.metrics.bypassed_layers
+
+
+@pytest.mark.parametrize(("name", "half", "capture"), [("llama", 32, True), ("llama", 32, False), ("phi3", 48, True)])
+def test_a_rotation_that_changes_with_the_length(
+    make_engine: MakeEngine, random_model: Callable[..., str], long_question: Ask, name: str, half: int, capture: bool
+) -> None:
+    """Keys rotated for up to 512 tokens are of no use to a longer prompt, nor the other way round."""
+    factors = {"short_factor": [1.0] * half, "long_factor": [4.0] * half, "original_max_position_embeddings": 512}
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, **factors}
+    folder = random_model(name, rope_parameters=rope, original_max_position_embeddings=512)
+    engine = make_engine(folder, kv_cache="identity")
+    engine._kept.decode_loop = DecodeLoop(capture)  # on the CPU the second way is that of a GPU
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    cached = []
+    for last, more in ((20, False), (20, True), (40, False), (40, False), (60, False), (10, True), (20, False)):
+        if not more:
+            messages = []
+        messages += [long_question("Uma Kelly", last=last)]
+        prompt = engine._render(engine._load(), messages, (), SHORT)
+        plain = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=24, eos_token_id=[2, 0])
+        reply = engine.chat(messages, options=dataclasses.replace(SHORT, extra={"eos_token_id": [2, 0]}))
+        assert reply.token_ids == tuple(plain[0, len(prompt) :].tolist())
+        is_ours = reply.metrics.cache_tokens == len(prompt) + reply.usage.completion_tokens - 1
+        assert is_ours != ("cache of its own" in reply.metrics.decoding)
+        assert is_ours or name == "phi3"  # whose own code drops the cache there
+        cached.append(reply.usage.cached_tokens > 0)
+        messages.append(Message("assistant", reply.text))
+    assert cached == [False, False, False, False, name == "llama", True, False]
 
 
 def test_layers_that_stay_uncompressed_are_mentioned_once(

@@ -19,7 +19,7 @@ from turboquant_local.cache import TurboQuantCache
 from turboquant_local.cache.layer import settle
 from turboquant_local.cache.static import StaticStorage, begins_packing, forget_buffers, static_refusal, window_length
 from turboquant_local.engine.decode_step import DecodeStep, forward
-from turboquant_local.engine.prefill import prefill
+from turboquant_local.engine.prefill import first_part, prefill
 from turboquant_local.engine.sampling import Sampling
 
 Read = Callable[[int], bool]
@@ -104,7 +104,7 @@ class DecodeLoop:
         choose, fetch = _chooser(sampling), _Fetch(prompt.device)
         if self._storage is not None and self._storage.far_capacity > _KEPT:
             self.release(cache)
-        split = max(0, cache.window_start(length - 1) - held)
+        split = max(0, first_part(model, cache, length) - held)
         scores = prefill(model, cache, prompt[:, held:], split, settled=False)
         storage: StaticStorage | None = None
         how = ""

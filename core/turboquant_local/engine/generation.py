@@ -12,7 +12,7 @@ from turboquant_local.cache import TurboQuantCache
 from turboquant_local.config import TurboQuantConfig
 from turboquant_local.engine.loading import LoadedModel
 from turboquant_local.engine.metrics import collect_metrics, peak_memory, start_peak_memory
-from turboquant_local.engine.prefill import prefill
+from turboquant_local.engine.prefill import first_part, prefill
 from turboquant_local.engine.prompt_cache import PromptCache, log_once
 from turboquant_local.engine.request import Request
 from turboquant_local.engine.text import StopStrings, TokenDecoder
@@ -129,7 +129,7 @@ def _run(
         decoding = kept.decode_loop.run(model, cache, prompt, request.sampling, reader.read)
     else:
         kept.decode_loop.release(cache)
-        packed = cache.window_start(prompt.shape[1] - 1)
+        packed = first_part(model, cache, prompt.shape[1])
         if packed > cached_tokens:
             prefill(model, cache, prompt[:, cached_tokens:packed], packed - cached_tokens)
         if request.is_cancelled():
@@ -145,6 +145,9 @@ def _run(
             logits_processor=request.sampling.processors,
             stopping_criteria=StoppingCriteriaList([reader]),
         )
+        if cache.get_seq_length() < prompt.shape[1] + len(reader.token_ids) - 1:  # Phi-3, where its rotation changes
+            decoding += "; the model went on in a cache of its own, uncompressed"
+            log_once(f"{model.config.model_type}: {decoding}")
     if decoding.startswith("eager") and model.device.type == "cuda":
         log_once(f"{model.config.model_type}: tokens are decoded without a CUDA graph: {decoding}")
     return decoding

@@ -8,6 +8,7 @@ those before it, as the layer's cache packs nothing until it has the last one: s
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -33,6 +34,19 @@ much memory; and the time it takes to launch the packing of every layer is hidde
 
 _PER_TOKEN: Final = ("position_ids", "position_embeddings")
 """What a layer is given for every token, beside the hidden states; the second dimension counts tokens."""
+
+
+def rotation_limit(model: Any) -> float:
+    """Length beyond which a model rotates all tokens of a sequence otherwise (longrope); infinite for most models."""
+    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict) and kind.get("rope_type") == "longrope"]
+    return min((float(kind["original_max_position_embeddings"]) for kind in kinds), default=math.inf)
+
+
+def first_part(model: Any, cache: TurboQuantCache, length: int) -> int:
+    """Tokens of a prompt of `length` to run alone: what will be far; none if the model rotated them otherwise then."""
+    far = cache.window_start(length - 1)
+    return 0 if far <= rotation_limit(model) < length else far
 
 
 def prefill(

@@ -13,6 +13,7 @@ from turboquant_local.cache import TurboQuantCache
 from turboquant_local.cache.cache import SKIPPED
 from turboquant_local.config import AUTO, TurboQuantConfig
 from turboquant_local.engine.decode_loop import DecodeLoop
+from turboquant_local.engine.prefill import first_part, rotation_limit
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class PromptCache:
         self.cache: TurboQuantCache | None = None
         self.ids: list[int] = []
         self.decode_loop = DecodeLoop()
+        self._is_long = False
 
     def prepare(self, model: PreTrainedModel, prompt_ids: Sequence[int]) -> tuple[TurboQuantCache, int]:
         """Keep what the cache shares with a prompt and drop the rest.
@@ -48,6 +50,9 @@ class PromptCache:
         common = sum(
             1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.ids, prompt_ids[:-1], strict=False))
         )
+        was_long, self._is_long = self._is_long, len(prompt_ids) > rotation_limit(model)
+        if was_long != self._is_long or (self._is_long and not first_part(model, self.cache, len(prompt_ids))):
+            common = 0  # its tokens are rotated for shorter sequences, or longer ones, or are to be seen exactly
         kept = common if common == held else self.cache.rewind(common)
         self.ids = self.ids[:kept]
         return self.cache, kept
