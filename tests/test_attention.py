@@ -2,12 +2,22 @@
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GenerationConfig,
+)
 from transformers.models.gemma2 import modeling_gemma2
 
 from turboquant_local import TurboQuantCache
 from turboquant_local.attention import turboquant_attention
 from turboquant_local.cache import KVHandle
+from turboquant_local.engine.decode_loop import DecodeLoop
 from turboquant_local.errors import BackendError
 
 SETTINGS = {"preset": "identity", "sink_length": 2, "residual_length": 8, "near_length": 16}
@@ -61,6 +71,30 @@ def test_another_attention_works_with_the_cache_and_is_counted(model: Gemma2ForC
     for ours, theirs in zip(run(model, cache, ids), expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-4)
     assert cache.stats.materialized == 8  # keys and values, two layers, two calls on packed tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("gptj", {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 16}),
+        ("bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 4}),
+        ("falcon", {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}),
+    ],
+)
+def test_a_model_with_an_attention_of_its_own_keeps_its_masks(name: str, fields: dict[str, int]) -> None:
+    """It never asks for ours, so its config must not say that it does."""
+    torch.manual_seed(0)
+    other = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, vocab_size=64, **fields)).eval()
+    for parameter in other.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.25)
+    ids = torch.randint(0, 64, (1, 50), generator=torch.Generator().manual_seed(1))
+    expected = run(other, DynamicCache(config=other.config), ids)
+    cache = TurboQuantCache(other.config, SETTINGS)
+    for ours, theirs in zip(run(other, cache, ids), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-4)
+    assert cache.stats.materialized > 0
+    assert "own" in DecodeLoop(capture=False).refusal(other, cache, GenerationConfig()) or name == "bloom"
 
 
 def test_asking_for_weights_gives_them_from_the_models_own_attention(model: Gemma2ForCausalLM) -> None:

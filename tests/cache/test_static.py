@@ -208,7 +208,9 @@ def test_anything_else_that_reads_a_handle_sees_the_tokens_in_use() -> None:
     k, v = pair.tokens(1)[0]
     expected, got = (cache.update(k, v, 0)[0] for cache in (pair.snapshot, pair.other))
     assert isinstance(got, KVHandle)
+    assert got.shape == expected.shape
     assert torch.equal(got + 0, expected + 0)
+    assert pair.other.get_mask_sizes(1, 0) == (got.shape[2], 0)
 
 
 def test_the_window_before_and_after_packing_begins() -> None:

@@ -78,7 +78,9 @@ def kv_shape(config: PreTrainedConfig) -> tuple[int, int] | None:
 
 def _layer_shape(config: PreTrainedConfig) -> tuple[int, int] | None:
     q_heads = getattr(config, "num_attention_heads", None)
-    heads = getattr(config, "num_key_value_heads", None) or q_heads
+    # Falcon's older models say it in two other fields.
+    one = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
+    heads = getattr(config, "num_key_value_heads", None) or (1 if one else q_heads)
     head_dim = getattr(config, "head_dim", None)
     if head_dim is None and q_heads:
         head_dim = config.hidden_size // q_heads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,8 +68,8 @@ class TurboQuantCache(DynamicCache):
                 chooses a preset for this model.
             offloading: Keep all layers but the one at work on the CPU, as in `DynamicCache`.
             offload_only_non_sliding: As in `DynamicCache`.
-            set_attention: Set the config's attention implementation. If not, other attention still gives the
-                right result, but decompresses every layer at every step.
+            set_attention: Set the config's attention implementation, where the model's code asks for one. If not,
+                other attention still gives the right result, but decompresses every layer at every step.
             **fields: Fields of `TurboQuantConfig`, such as `k_bits=4`.
 
         Raises:
@@ -87,7 +88,8 @@ class TurboQuantCache(DynamicCache):
         if set_attention and any(isinstance(layer, CompressedLayer) for layer in self.layers):
             # An encoder-decoder's decoder config is a copy; its attention reads the whole config.
             target = config if getattr(config, "is_encoder_decoder", False) else self._decoder_config
-            target._attn_implementation = ATTENTION_NAME
+            if not _has_attention_of_its_own(target):
+                target._attn_implementation = ATTENTION_NAME
 
     def _compress(self, layers: list[Any]) -> tuple[list[Any], dict[str, str]]:
         """Put our layers in the places of transformers' full-attention layers."""
@@ -212,6 +214,24 @@ class TurboQuantCache(DynamicCache):
     def memory_report(self) -> MemoryReport:
         """The bytes part by part: codes, scales, statistics, sinks, recent, bypassed, constants."""
         return report(self.layers)
+
+
+def _has_attention_of_its_own(config: PreTrainedConfig) -> bool:
+    """Whether the loaded model of a config never asks transformers for an attention function (GPT-J, Bloom, Falcon).
+
+    It does ask for the mask that the config's implementation needs, and our attention needs none in places.
+    """
+    prefix = type(config).__module__.rpartition(".")[0] + ".modeling_"
+    files = [
+        dict(vars(file)) for name, file in list(sys.modules.items()) if name.startswith(prefix) and file is not None
+    ]
+    written = any(
+        "Attention" in name and file["__name__"] == value.__module__
+        for file in files
+        for name, value in file.items()
+        if isinstance(value, type)
+    )
+    return written and not any("ALL_ATTENTION_FUNCTIONS" in file for file in files)
 
 
 def _reason(layer: object) -> str:

@@ -51,10 +51,12 @@ class KVHandle(torch.Tensor):
     stats: AttentionStats
 
     @staticmethod
-    def __new__(cls: type[KVHandle], view: KVView, stats: AttentionStats) -> KVHandle:
-        """Wrap the tokens of one layer; decompressions are counted in `stats`."""
+    def __new__(cls: type[KVHandle], view: KVView, stats: AttentionStats, length: int | None = None) -> KVHandle:
+        """Wrap the tokens of one layer: `length` in use, or all there is room for; decompressions count in `stats`."""
+        batch, heads, room, head_dim = view.shape
+        shape = (batch, heads, room if length is None else length, head_dim)
         handle: KVHandle = torch.Tensor._make_wrapper_subclass(
-            cls, view.shape, dtype=view.recent.dtype, device=view.recent.device
+            cls, shape, dtype=view.recent.dtype, device=view.recent.device
         )
         handle.view_of_tokens = view
         handle.stats = stats
@@ -66,7 +68,7 @@ class KVHandle(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Shape and dtype; never the contents."""
-        return f"KVHandle(shape={self.view_of_tokens.shape}, dtype={self.view_of_tokens.recent.dtype})"
+        return f"KVHandle(shape={tuple(self.shape)}, dtype={self.view_of_tokens.recent.dtype})"
 
     @classmethod
     def __torch_function__(

@@ -249,13 +249,17 @@ class StaticLayer(CompressedLayer):
         """Tokens held."""
         return self._tokens.length
 
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of a mask: the token that comes is counted already."""
+        return self._tokens.length, 0
+
     @property
     def is_packed(self) -> bool:
         """Whether any token is packed."""
         return self._tokens.is_packed
 
     def _as_tensor(self, view: KVView) -> torch.Tensor:
-        return KVHandle(view, self.stats)
+        return KVHandle(view, self.stats, self._tokens.length)
 
     def _store(self, k: KVView, v: KVView) -> NoReturn:
         raise CacheError("this cache is decoding in its static form, which can only grow; give it back first")

@@ -16,6 +16,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from turboquant_local.cache import TurboQuantCache
+from turboquant_local.cache.cache import ATTENTION_NAME
 from turboquant_local.cache.layer import settle
 from turboquant_local.cache.static import StaticStorage, begins_packing, forget_buffers, static_refusal, window_length
 from turboquant_local.engine.decode_step import DecodeStep, forward
@@ -77,7 +78,11 @@ class DecodeLoop:
             for name, value in vars(config).items()
             if name not in _SERVED and not name.startswith("_") and value not in (None, False, 0, 1, [], {})
         ]
-        return f"option {options[0]}" if options else static_refusal(cache)
+        if options:
+            return f"option {options[0]}"
+        reads_buffers = model.config.get_text_config(decoder=True)._attn_implementation == ATTENTION_NAME
+        own = None if reads_buffers else f"{type(model).__name__} has an attention of its own"
+        return static_refusal(cache) or own
 
     def release(self, cache: TurboQuantCache | None = None) -> None:
         """Free buffers and graph, but for the buffers in which a cache has tokens."""
