@@ -1,11 +1,13 @@
 """The kept cache: what it saves, and that nobody can tell from the answers."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from turboquant_local.engine import (
     ChatEngine,
@@ -143,6 +145,31 @@ def test_a_rotation_that_changes_with_the_length(
         cached.append(reply.usage.cached_tokens > 0)
         messages.append(Message("assistant", reply.text))
     assert cached == [False, False, False, False, name == "llama", True, False]
+
+
+def test_a_recurrent_model_that_forgets(
+    make_engine: MakeEngine, tmp_path: Path, model_folder: str, long_question: Ask
+) -> None:
+    """Jamba begins anew with each forward of several tokens: it must see every prompt as a whole."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
+    layers = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 9, "expert_layer_offset": 8}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("jamba", vocab_size=4096, num_key_value_heads=2, mamba_d_state=8, **sizes, **layers)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(model_folder) / file, tmp_path)
+    engine, messages = make_engine(str(tmp_path), kv_cache="identity"), []
+    for _ in range(2):
+        messages.append(long_question("Uma Kelly", last=25))
+        prompt = engine._render(engine._load(), messages, (), SHORT)
+        plain = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=24, eos_token_id=[2, 0])
+        reply = engine.chat(messages, options=dataclasses.replace(SHORT, extra={"eos_token_id": [2, 0]}))
+        assert reply.token_ids == tuple(plain[0, len(prompt) :].tolist())
+        messages.append(Message("assistant", reply.text))
 
 
 def test_layers_that_stay_uncompressed_are_mentioned_once(

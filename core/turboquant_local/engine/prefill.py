@@ -32,6 +32,9 @@ _TOGETHER: Final = 2048
 """So many tokens, at most, are packed for all layers at once, which until then hold them as they are. More would take
 much memory; and the time it takes to launch the packing of every layer is hidden behind them."""
 
+_FORGETFUL: Final = ("jamba", "recurrent_gemma", "zamba")
+"""Recurrent models that begin with an empty state whenever they are given more than one token (transformers 5.23)."""
+
 _PER_TOKEN: Final = ("position_ids", "position_embeddings")
 """What a layer is given for every token, beside the hidden states; the second dimension counts tokens."""
 
@@ -43,10 +46,15 @@ def rotation_limit(model: Any) -> float:
     return min((float(kind["original_max_position_embeddings"]) for kind in kinds), default=math.inf)
 
 
+def continues(model: Any) -> bool:
+    """Whether a prompt may be run in parts, and behind what a cache holds."""
+    return model.config.get_text_config(decoder=True).model_type not in _FORGETFUL
+
+
 def first_part(model: Any, cache: TurboQuantCache, length: int) -> int:
-    """Tokens of a prompt of `length` to run alone: what will be far; none if the model rotated them otherwise then."""
+    """Tokens of a prompt of `length` to run alone: what will be far; none if the model must see it as a whole."""
     far = cache.window_start(length - 1)
-    return 0 if far <= rotation_limit(model) < length else far
+    return 0 if far <= rotation_limit(model) < length or not continues(model) else far
 
 
 def prefill(

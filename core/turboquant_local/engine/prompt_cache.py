@@ -13,7 +13,7 @@ from turboquant_local.cache import TurboQuantCache
 from turboquant_local.cache.cache import SKIPPED
 from turboquant_local.config import AUTO, TurboQuantConfig
 from turboquant_local.engine.decode_loop import DecodeLoop
-from turboquant_local.engine.prefill import first_part, rotation_limit
+from turboquant_local.engine.prefill import continues, first_part, rotation_limit
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,8 @@ class PromptCache:
             1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.ids, prompt_ids[:-1], strict=False))
         )
         was_long, self._is_long = self._is_long, len(prompt_ids) > rotation_limit(model)
-        if was_long != self._is_long or (self._is_long and not first_part(model, self.cache, len(prompt_ids))):
+        is_whole = self._is_long and not first_part(model, self.cache, len(prompt_ids))
+        if was_long != self._is_long or is_whole or not continues(model):
             common = 0  # its tokens are rotated for shorter sequences, or longer ones, or are to be seen exactly
         kept = common if common == held else self.cache.rewind(common)
         self.ids = self.ids[:kept]
