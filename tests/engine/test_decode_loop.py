@@ -211,21 +211,6 @@ def test_an_engine_says_the_same(
         conversation.append(Message("assistant", reply.text))
 
 
-def test_turns_in_and_out_of_inference_mode(make_engine: MakeEngine) -> None:
-    """The buffers are written to in place, which torch refuses for a tensor of inference mode outside of it."""
-    engine, options = static(make_engine()), GenerationOptions(max_new_tokens=8)
-    with torch.inference_mode():
-        engine.chat(CAPITAL, options=options)
-    assert engine._kept.decode_loop._storage is not None
-    assert engine.chat(CAPITAL, options=options).metrics.decoding == "static"
-
-
-def test_another_default_device(make_engine: MakeEngine) -> None:
-    engine = static(make_engine())
-    with torch.device("meta"):  # nothing can be read of what is made there
-        assert engine.chat(CAPITAL).text == "The capital of France is Paris."
-
-
 def test_an_option_that_only_generate_serves(make_engine: MakeEngine) -> None:
     engine = static(make_engine())
     engine.chat(CAPITAL, options=GenerationOptions(max_new_tokens=5))

@@ -172,6 +172,23 @@ def test_a_recurrent_model_that_forgets(
         messages.append(Message("assistant", reply.text))
 
 
+def test_turns_in_and_out_of_inference_mode(make_engine: MakeEngine) -> None:
+    """The buffers are written to in place, which torch refuses for a tensor of inference mode outside of it."""
+    engine = make_engine()
+    engine._kept.decode_loop = DecodeLoop(capture=False)
+    with torch.inference_mode():
+        engine.chat(CAPITAL, options=SHORT)
+    assert engine._kept.decode_loop._storage is not None
+    assert engine.chat(CAPITAL, options=SHORT).metrics.decoding == "static"
+
+
+def test_another_default_device(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine._kept.decode_loop = DecodeLoop(capture=False)
+    with torch.device("meta"):  # nothing can be read of what is made there
+        assert engine.chat(CAPITAL).text == "The capital of France is Paris."
+
+
 def test_layers_that_stay_uncompressed_are_mentioned_once(
     make_engine: MakeEngine, random_model: Callable[[str], str], caplog: pytest.LogCaptureFixture
 ) -> None:
