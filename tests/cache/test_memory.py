@@ -6,12 +6,14 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from turboquant_local.cache import TurboQuantCache, predict_bytes
+from turboquant_local.errors import ConfigError
 from turboquant_local.testing import PeakBytes, random_kv, random_tokens, reachable_bytes, tiny_model
 
 SMALL = {"sink_length": 2, "residual_length": 8, "near_length": 16}
@@ -230,6 +232,12 @@ def test_prediction_with_bits_of_single_layers() -> None:
 def test_prediction_for_no_tokens(name: str) -> None:
     config = model_of(name).config
     assert predict_bytes(config, SMALL, 0) == TurboQuantCache(config, SMALL).vram_bytes()
+
+
+@pytest.mark.parametrize("counts", [{"tokens": -1}, {"tokens": 1.5}, {"batch_size": 0}])
+def test_counts_that_are_none_are_refused(counts: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(counts))}=.*at least"):
+        predict_bytes(tiny_model("llama").config, **counts)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3.5", "falcon-h1", "deepseek-v3"])

@@ -57,6 +57,15 @@ def test_compression_counts_everything() -> None:
     assert found.compression < 16 / found.bits_per_coordinate
 
 
+def test_a_codec_that_packs_nothing_of_the_windows_has_no_figures() -> None:
+    codecs = [find_codec(name) for name in ("uncompressed", "compact", "kivi-2")]
+    plain, ours, kivi = compare(tiny_model("llama"), random_tokens(1, 30), codecs, context=20)
+    assert plain.fidelity is not None
+    assert ours.fidelity is None
+    assert kivi.fidelity is None
+    assert ours.skipped == "windows of 30 tokens end before it packs any"
+
+
 def test_rows_keep_their_order_and_say_what_is_missing(rows: list[Comparison]) -> None:
     assert [row.codec for row in rows] == ["compact", "identity", "kivi-4", "kivi-2", "hqq-4"]
     assert [row.fidelity is None for row in rows] == [False] * 4 + [True]

@@ -131,10 +131,14 @@ def predict_bytes(
         dtype: The model's dtype.
 
     Raises:
-        ConfigError: The model has recurrent states or layers whose size does not follow from the config.
+        ConfigError: Counts that are none, or a model that has recurrent states or layers whose size does not follow
+            from the config.
     """
     from turboquant_local.cache.cache import TurboQuantCache  # the cache reports through this file
 
+    for name, count, least in (("tokens", tokens, 0), ("batch_size", batch_size, 1)):
+        if not isinstance(count, int) or isinstance(count, bool) or count < least:
+            raise ConfigError(f"{name}={count!r}: expected an integer of at least {least}")
     cache = TurboQuantCache(model_config, kv_cache, set_attention=False)
     config, shape = cache.kv_cache, cache.kv_shape
     if shape is None:

@@ -79,18 +79,30 @@ def compare(
 ) -> list[Comparison]:
     """Measure codecs on the same windows; see `measure_fidelity` for the arguments.
 
-    A codec whose package is not installed gives a row that says so.
+    A codec whose package is not installed, or that packs nothing of so short a window, gives a row that says so.
     """
     sizes = {codec.name: size(codec, model.config) for codec in codecs}
-    missing = {codec.name: codec.missing() for codec in codecs if isinstance(codec, TransformersQuantizedCache)}
-    present = [codec for codec in codecs if missing.get(codec.name) is None]
+    skipped = {
+        codec.name: why
+        for codec in codecs
+        if (why := _obstacle(codec, windows.shape[1], sizes[codec.name])) is not None
+    }
+    present = [codec for codec in codecs if codec.name not in skipped]
     found = measure_fidelity(
         model, windows, present, context=context, chunk=chunk, batch_size=batch_size, on_progress=on_progress
     )
     fidelity = {result.codec: result for result in found}
     return [
-        Comparison(codec.name, sizes[codec.name], fidelity.get(codec.name), missing.get(codec.name)) for codec in codecs
+        Comparison(codec.name, sizes[codec.name], fidelity.get(codec.name), skipped.get(codec.name)) for codec in codecs
     ]
+
+
+def _obstacle(codec: KVCodec, length: int, held: Size) -> str | None:
+    if isinstance(codec, TransformersQuantizedCache) and (reason := codec.missing()) is not None:
+        return reason
+    if held.compression > 1 and codec.seen(length - 1) == codec.seen(1):  # its figures would be perfect
+        return f"windows of {length} tokens end before it packs any"
+    return None
 
 
 def loss_at(stored_bytes: int, points: Sequence[tuple[int, float]]) -> float | None:
