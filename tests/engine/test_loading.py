@@ -11,6 +11,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from turboquant_local.engine import loading
 from turboquant_local.engine.loading import ModelSpec, acquire_model, release_model
@@ -185,6 +186,15 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
 def test_unreadable_weights(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(ModelLoadError, match=r"could not be loaded \(SafetensorError"):
+        acquire_model(spec(model=str(folder)))
+
+
+def test_weights_that_are_not_there_are_no_random_numbers(folder: Path) -> None:
+    file = next(folder.glob("*.safetensors"))
+    weights = load_file(file)
+    lacking = next(name for name in weights if "down_proj" in name)
+    save_file({name: weight for name, weight in weights.items() if name != lacking}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelLoadError, match=f"lacks 1 of the weights .* such as {lacking}"):
         acquire_model(spec(model=str(folder)))
 
 

@@ -6,7 +6,7 @@ import copy
 import gc
 import logging
 import threading
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Final
@@ -137,7 +137,7 @@ def acquire_model(spec: ModelSpec) -> LoadedModel:
     """Load the model of `spec`, or share it if it is loaded already. Each call needs one `release_model`.
 
     Raises:
-        ModelLoadError: Files are missing, unreadable or out of reach.
+        ModelLoadError: Files or weights are missing, unreadable or out of reach.
         BackendError: The device does not exist here.
     """
     key = spec.key
@@ -201,16 +201,30 @@ def _load(spec: ModelSpec) -> LoadedModel:
         model_kwargs["dtype"] = spec.dtype or "auto"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **_given(hub), **spec.tokenizer_kwargs)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, **_given(hub), **model_kwargs)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, **_given(hub), **model_kwargs, output_loading_info=True
+        )
+        model, info = loaded
         if "device_map" not in model_kwargs:
             model = model.to(device)
     except Exception as error:
         raise ModelLoadError(explain_load_error(spec.model, error)) from error
+    _check_weights(spec.model, model, info["missing_keys"])
     defaults = copy.deepcopy(model.generation_config)
     # `generate` fills gaps of the config it is given from the model's own, and warns where they do not fit. Ours is
     # complete, so the model keeps none.
     model.generation_config = GenerationConfig()
     return LoadedModel(model.eval(), tokenizer, defaults)
+
+
+def _check_weights(name: str, model: Any, missing: Iterable[str]) -> None:
+    """Refuse random numbers in place of weights; of quantized ones transformers makes some itself."""
+    lacking = sorted(set(missing) & {weight for weight, _ in model.named_parameters()})
+    if lacking and not getattr(model, "is_quantized", False):
+        raise ModelLoadError(
+            f"model={name!r}: the checkpoint lacks {len(lacking)} of the weights of {type(model).__name__}, such as "
+            f"{lacking[0]}, which would be random numbers; expected a whole checkpoint of a model that generates text"
+        )
 
 
 def check_device(device: str) -> None:
