@@ -235,12 +235,14 @@ def load_scales(
 def load_plain(rows, shown, D: tl.constexpr, DP: tl.constexpr, FULL: tl.constexpr):
     """Vectors kept in 16 or 32 bits, `[W, BN, DP]`, 0 where not `shown` (FULL: all are); `rows` point to them."""
     channel = tl.arange(0, DP)[None, None, :]
+    # Vectors begin at multiples of 16 bytes, which newer compilers do not see of pointers chosen from two.
+    at = tl.max_contiguous(tl.multiple_of(rows[:, :, None] + channel, (1, 1, 16)), (1, 1, DP))
     if FULL and D == DP:
-        x = tl.load(rows[:, :, None] + channel)
+        x = tl.load(at)
     elif FULL:
-        x = tl.load(rows[:, :, None] + channel, mask=channel < D, other=0.0)
+        x = tl.load(at, mask=channel < D, other=0.0)
     else:
-        x = tl.load(rows[:, :, None] + channel, mask=shown[:, :, None] & (channel < D), other=0.0)
+        x = tl.load(at, mask=shown[:, :, None] & (channel < D), other=0.0)
     return x
 
 
