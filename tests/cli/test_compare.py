@@ -46,6 +46,13 @@ def test_without_names_presets_stand_beside_others(invoke: Invoke, quick: list[s
         assert f"\n  {name} " in done.stdout
 
 
+def test_what_is_skipped_has_its_name_and_the_whole_reason(invoke: Invoke, quick: list[str]) -> None:
+    done = invoke("compare", *quick, "--window", "100", "balanced", "identity")
+    assert done.exit_code == 0, done.output
+    assert "\n  balanced " in done.stdout
+    assert "\nbalanced: windows of 100 tokens end before it packs any\n" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

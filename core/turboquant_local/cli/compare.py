@@ -80,6 +80,9 @@ def compare(
             plot_frontier(rows, plot, title=f"{model}, {len(ids)} windows of {ids.shape[1]} tokens")
     output = shared.output()
     output.print(table(rows))
+    for row in rows:
+        if row.skipped is not None:
+            output.print(f"{row.codec}: {row.skipped}", highlight=False, soft_wrap=True)
     output.print(shared.told(conditions), highlight=False, soft_wrap=True)
 
 
@@ -97,7 +100,7 @@ def table(rows: list[Comparison]) -> Table:
     for row in sorted(rows, key=lambda row: -row.size.stored_bytes):
         sizes = (f"{row.size.bits_per_coordinate:.3f}", f"{row.size.compression:.2f}x")
         if row.fidelity is None:
-            view.add_row(row.codec, *sizes, row.skipped)
+            view.add_row(row.codec, *sizes, *["-"] * 5)
             continue
         found = row.fidelity
         losses = (f"{loss:.2g}" for loss in (found.kl_mean, found.kl_median, found.kl_tail))
