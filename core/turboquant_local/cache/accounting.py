@@ -123,6 +123,8 @@ def predict_bytes(
 ) -> int:
     """What `TurboQuantCache.vram_bytes()` will be, to the byte, once the cache holds so many tokens.
 
+    An engine's cache on a GPU holds more while a CUDA graph is kept: buffers with room to spare.
+
     Args:
         model_config: The model's config.
         kv_cache: The cache's settings.

@@ -173,7 +173,8 @@ class GenerationMetrics:
         uncompressed_bytes: What transformers' own cache would hold for the same tokens.
         compression_ratio: uncompressed_bytes / vram_bytes.
         peak_device_memory: Highest memory allocated on the accelerator during the call; None on a CPU.
-        attention: Attention paths that ran, such as "sdpa" or "reference", with how many calls each.
+        attention: Attention paths that ran, with how many calls each: "exact" (nothing was packed yet), "triton" or
+            "reference" (plain torch).
         packing: What packed tokens, "triton" or "reference" (plain torch), with how many calls each.
         materialized: How often a layer's keys or values had to be decompressed as a whole; 0 is right.
         bypassed_layers: Layers left uncompressed, with the reason: {"3": "sliding window"}.

@@ -3,8 +3,8 @@
 The outputs below were printed from a checkout with the embedded model, on a CPU.
 
 Setup
-    ``pip install "turboquant-local[langchain]"``, or from a checkout ``pip install -e ".[langchain]"``. Models come
-    from the Hugging Face hub or a folder; set ``HF_TOKEN`` for those that ask for one.
+    From a checkout, ``pip install -e ".[langchain]"``. Models come from the Hugging Face hub or a folder; set
+    ``HF_TOKEN`` for those that ask for one.
 
 Key init args, generation
     model: Name on the hub, or a folder.
@@ -100,7 +100,8 @@ Structured output
 
         Person(name='Maria Reed', age=42)
 
-    A grammar holds every token to the schema. ``method`` is "json_schema", "function_calling" or "json_mode".
+    A grammar holds every token to the schema; a reply that ``max_tokens`` or ``stop`` cuts off raises
+    ``OutputParserException``. ``method`` is "json_schema", "function_calling" or "json_mode".
 
 Token usage
     .. code-block:: python
