@@ -42,7 +42,7 @@ bench-gpu: $(STAMP) ## Measure kernels, whole generations and memory on a CUDA G
 	@$(BIN)/python benchmarks/memory.py
 	@$(BIN)/python benchmarks/plots.py
 
-quality: $(STAMP) ## Measure what every codec costs a model, into benchmarks/results/ (quick: make quality ARGS="--windows 3")
+quality: $(STAMP) ## Measure what every codec costs a model, into benchmarks/results/ (hours on a CPU; a part: docs/evaluation.md)
 	@$(BIN)/python benchmarks/quality.py $(ARGS)
 
 clean: ## Remove the environment, caches and build outputs

@@ -1,8 +1,8 @@
 """What each codec costs a model: predictions, retrieval and tool calls against bytes, in one table, with its targets.
 
     make quality
-    make quality ARGS="--windows 3 --samples 0 --tool-samples 0"
-    make quality ARGS="--windows 3 --samples 0 --tool-samples 0 --codecs balanced balanced:k_bits=3,v_bits=2 kivi-3"
+    make quality ARGS="--windows 3 --samples 0 --tool-samples 0 --out build/quality.csv"
+    make quality ARGS="--windows 3 --samples 0 --tool-samples 0 --out build/quality.csv --codecs balanced kivi-3"
     make quality ARGS="--device cuda --batch-size 43 --samples 20 --jobs 4"
 
 On a CPU the whole table takes hours: a codec about 5 s a window of 2048 tokens on one core of an AMD EPYC; on four
