@@ -10,7 +10,7 @@ Each message names the argument, what was expected, what came and the way out.
     ├── EvaluationError (ValueError)         a measurement that these inputs do not allow
     ├── CacheError (RuntimeError)            a cache used with another model, or in a way it cannot serve
     ├── ModelError (RuntimeError)            a model that cannot be loaded or cannot chat
-    │   ├── ModelLoadError                   missing or unreadable files
+    │   ├── ModelLoadError                   missing or unreadable files or weights
     │   └── ChatTemplateError                no chat template, or one that refuses these messages
     └── PromptError (ValueError)             a request that cannot be served
         ├── EmptyConversationError           no message to answer
@@ -45,7 +45,7 @@ class ModelError(TurboQuantError, RuntimeError):
 
 
 class ModelLoadError(ModelError):
-    """The files of a model or tokenizer are missing or cannot be read."""
+    """Files or weights of a model or tokenizer are missing or cannot be read."""
 
 
 class ChatTemplateError(ModelError):
