@@ -17,6 +17,7 @@ import torch
 from turboquant_local.codec.packing import pack_codes, packed_size, unpack_codes
 from turboquant_local.codec.quantizer import MSEQuantizer
 from turboquant_local.codec.rotation import rotation_matrix
+from turboquant_local.codec.scales import half_scales
 from turboquant_local.codec.shared import shared
 from turboquant_local.config import Rotation
 from turboquant_local.errors import ConfigError
@@ -87,10 +88,10 @@ class ProductQuantizer:
         residual, codes, scale = self._coarse.rotate(x), None, None
         if self.bits > 1:
             codes, norm = self._coarse.encode(residual)
-            scale = _stored(norm)
+            scale = half_scales(norm)
             residual = residual - self._approximation(codes, scale)  # of the rounded scale: the sketch mends it too
         signs = residual @ _sketch_matrix(self, x.device).T >= 0
-        return ProductCodes(pack_codes(signs.to(torch.uint8), 1), _stored(residual.norm(dim=-1)), codes, scale)
+        return ProductCodes(pack_codes(signs.to(torch.uint8), 1), half_scales(residual.norm(dim=-1)), codes, scale)
 
     def inner_product(self, query: torch.Tensor, codes: ProductCodes) -> torch.Tensor:
         """Estimates of <q, x> for every query and vector, without rebuilding the vectors.
@@ -127,10 +128,6 @@ class ProductQuantizer:
     def _gain(self, codes: ProductCodes) -> torch.Tensor:
         """Factor of the sketch of every vector (paper, Algorithm 2): sqrt(π / 2) / head_dim |r|."""
         return codes.residual_norm.float() * (math.sqrt(math.pi / 2) / self.head_dim)
-
-
-def _stored(norm: torch.Tensor) -> torch.Tensor:
-    return norm.clamp(max=torch.finfo(torch.float16).max).to(torch.float16)
 
 
 def _signs(sketch: torch.Tensor) -> torch.Tensor:

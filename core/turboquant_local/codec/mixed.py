@@ -13,6 +13,7 @@ import torch
 from turboquant_local.codec.packing import pack_codes, packed_size, unpack_codes
 from turboquant_local.codec.quantizer import MSEQuantizer
 from turboquant_local.codec.rotation import rotation_matrix
+from turboquant_local.codec.scales import half_scales
 from turboquant_local.config import Rotation, Scale
 from turboquant_local.errors import ConfigError
 
@@ -145,7 +146,7 @@ class MixedQuantizer:
         high_codes, high_scale = self._high.quantize(high)
         low_codes, low_scale = self._low.quantize(low)
         index = pack_codes(outliers.to(torch.uint8), 1)
-        return MixedCodes(index, high_codes, _stored(high_scale), low_codes, _stored(low_scale))
+        return MixedCodes(index, high_codes, half_scales(high_scale), low_codes, half_scales(low_scale))
 
     def dequantize(self, codes: MixedCodes) -> torch.Tensor:
         """The vectors that the codes stand for: `[..., tokens, head_dim]` float32."""
@@ -154,10 +155,6 @@ class MixedQuantizer:
         ordered = torch.cat([high, low], -1)
         back = _order(unpack_codes(codes.outliers, 1)).argsort(-1)
         return ordered.gather(-1, back.expand(ordered.shape))
-
-
-def _stored(scale: torch.Tensor) -> torch.Tensor:
-    return scale.clamp(max=torch.finfo(torch.float16).max).to(torch.float16)
 
 
 def _order(outliers: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Scales in one byte: their logarithms, in steps that are the same everywhere."""
+"""Scales as they are stored: in float16, or in one byte, as logarithms in steps that are the same everywhere."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ chooses codes knows the scale they will be read with, and can make up for its ro
 
 UNIT_CODE = 96
 """Code of a scale equal to its unit. 0 is a scale of 0; the others reach from 1/8 of the unit to 31 times."""
+
+
+def half_scales(scales: torch.Tensor) -> torch.Tensor:
+    """Scales in float16, the largest instead of infinity."""
+    return scales.clamp(max=torch.finfo(torch.float16).max).to(torch.float16)
 
 
 def rounded_scales(scales: torch.Tensor) -> torch.Tensor:

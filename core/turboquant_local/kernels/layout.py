@@ -8,10 +8,8 @@ import torch
 
 from turboquant_local.codec.packing import packed_size
 from turboquant_local.codec.quantizer import Quantizer
-from turboquant_local.codec.scales import scale_codes, scales_of
+from turboquant_local.codec.scales import half_scales, scale_codes, scales_of
 from turboquant_local.codec.statistics import HeadStatistics
-
-_SCALE_MAX = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
@@ -52,13 +50,13 @@ class PackedKV:
 
 
 def store_scales(scales: torch.Tensor, unit: torch.Tensor | None) -> torch.Tensor:
-    """Scales as they are stored: uint8 for a unit (see `codec.scales`), else float16, the largest instead of infinity.
+    """Scales as they are stored: uint8 for a unit, else float16 (see `codec.scales`).
 
     Args:
         scales: `[batch, num_kv_heads, tokens]` float32, 0 or more.
         unit: `[batch, num_kv_heads, 1]` float32, or None.
     """
-    return scales.clamp(max=_SCALE_MAX).to(torch.float16) if unit is None else scale_codes(scales, unit)
+    return half_scales(scales) if unit is None else scale_codes(scales, unit)
 
 
 @dataclass(frozen=True)
