@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, Final, Literal, cast
 
-from turboquant_local.errors import ConfigError
+from turboquant_local.errors import ConfigError, did_you_mean
 from turboquant_local.widths import BITS, LayerBits, by_layer, layer_bits
 
 Rotation = Literal["auto", "hadamard", "dense"]
@@ -150,7 +149,7 @@ class TurboQuantConfig:
         names = [*PRESETS, AUTO]
         if not isinstance(self.preset, str) or self.preset not in names:
             raise ConfigError(
-                f"preset={self.preset!r}: expected one of {', '.join(names)}{_closest(self.preset, names)}"
+                f"preset={self.preset!r}: expected one of {', '.join(names)}{did_you_mean(self.preset, names)}"
             )
         if self.preset == AUTO:
             # What was given is checked beside the defaults, which stand for what is not known yet.
@@ -272,11 +271,6 @@ def _known(fields: Mapping[str, Any]) -> dict[str, Any]:
     for name in fields:
         if name not in names:
             raise ConfigError(
-                f"{name}: no such field of the KV cache{_closest(name, names)}; known: {', '.join(names)}"
+                f"{name}: no such field of the KV cache{did_you_mean(name, names)}; known: {', '.join(names)}"
             )
     return dict(fields)
-
-
-def _closest(name: object, known: list[str]) -> str:
-    match = get_close_matches(str(name), known, n=1)
-    return f" (did you mean {match[0]!r}?)" if match else ""

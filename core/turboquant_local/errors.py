@@ -19,6 +19,15 @@ Each message names the argument, what was expected, what came and the way out.
         └── GenerationOptionError            an unknown or impossible generation option
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def did_you_mean(name: object, known: Iterable[str], form: str = " (did you mean {!r}?)") -> str:
+    """A hint at the known name that is closest, in the words of `form`; "" if none is close."""
+    match = get_close_matches(str(name), list(known), n=1)
+    return form.format(match[0]) if match else ""
+
 
 class TurboQuantError(Exception):
     """Base of all errors of this package; its text is meant to be shown to the user."""

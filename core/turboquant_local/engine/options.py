@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from difflib import get_close_matches
 from math import inf
 from typing import Any, Final
 
@@ -13,7 +12,7 @@ from transformers import GenerationConfig
 from turboquant_local.engine.grammar import check_schema
 from turboquant_local.engine.reply_form import response_schema
 from turboquant_local.engine.types import GenerationOptions
-from turboquant_local.errors import GenerationOptionError
+from turboquant_local.errors import GenerationOptionError, did_you_mean
 
 _WITH_GENERATE: Final = "use TurboQuantCache with model.generate for that"
 _ONE_SEQUENCE: Final = f"the engine generates one sequence on one cache; {_WITH_GENERATE}"
@@ -172,9 +171,9 @@ def _check_extra(extra: Mapping[str, Any]) -> None:
                 continue
             raise GenerationOptionError(f"{name}={value!r}: {_REFUSED[name]}")
         if name not in known:
-            match = get_close_matches(str(name), [*_OWN_FIELDS, *known], n=1)
-            hint = f"did you mean {match[0]!r}?" if match else "see transformers.GenerationConfig for the known names"
-            raise GenerationOptionError(f"{name}: no such generation option; {hint}")
+            hint = did_you_mean(name, [*_OWN_FIELDS, *known], "did you mean {!r}?")
+            way_out = hint or "see transformers.GenerationConfig for the known names"
+            raise GenerationOptionError(f"{name}: no such generation option; {way_out}")
         if isinstance(value, str):  # those that take one are refused above
             raise GenerationOptionError(f"{name}={value!r}: expected a number, a list, True or False, got a string")
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, Final
 
 from turboquant_local.engine.types import GenerationOptions, Tool
-from turboquant_local.errors import GenerationOptionError
+from turboquant_local.errors import GenerationOptionError, did_you_mean
 
 _ANY_OBJECT: Final[Mapping[str, Any]] = {"type": "object"}
 _WAY_OUT: Final = (
@@ -55,8 +54,7 @@ def reply_form(options: GenerationOptions, tools: Sequence[Tool]) -> ReplyForm |
     named = tuple(tool for tool in tools if tool.name == choice)
     if not named:
         names = [tool.name for tool in tools]
-        match = get_close_matches(str(choice), names, n=1)
-        hint = f"; did you mean {match[0]!r}?" if match else ""
+        hint = did_you_mean(choice, names, "; did you mean {!r}?")
         raise GenerationOptionError(
             f"tool_choice={choice!r}: expected 'auto', 'none', 'required' or the name of a tool "
             f"({', '.join(map(repr, names))}){hint}"

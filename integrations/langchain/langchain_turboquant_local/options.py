@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any, Final
 
 from turboquant_local.engine import options as engine
 from turboquant_local.engine.types import GenerationOptions
-from turboquant_local.errors import GenerationOptionError
+from turboquant_local.errors import GenerationOptionError, did_you_mean
 
 _RENAMED: Final[Mapping[str, str]] = {
     "temperature": "temperature",
@@ -45,8 +44,7 @@ def check_call(given: Mapping[str, Any]) -> None:
     """
     for name in given:
         if name not in CALL_OPTIONS:
-            match = get_close_matches(name, CALL_OPTIONS, n=1)
-            hint = f"did you mean {match[0]!r}? " if match else ""
+            hint = did_you_mean(name, CALL_OPTIONS, "did you mean {!r}? ")
             raise GenerationOptionError(
                 f"{name}: no such option of a call; {hint}known: {', '.join(CALL_OPTIONS)}; other fields of "
                 "transformers' GenerationConfig go into the constructor's generation_kwargs"

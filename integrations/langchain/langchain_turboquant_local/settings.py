@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any, Final, Self, cast
 
 from langchain_core.language_models import LangSmithParams, ModelProfile
@@ -19,7 +18,7 @@ from turboquant_local import TurboQuantConfig, __version__
 from turboquant_local.config import plain_settings
 from turboquant_local.engine import GenerationOptions
 from turboquant_local.engine.loading import ModelSpec
-from turboquant_local.errors import ConfigError
+from turboquant_local.errors import ConfigError, did_you_mean
 
 _NOT_IN_OUTPUT: Final = frozenset({"token", "api_key", "timeout", "max_retries", "streaming"})
 """Fields that change nothing in a reply."""
@@ -103,8 +102,7 @@ class ChatSettings(BaseChatModel):
     def _name_unknown_turboquant_local_settings(cls, values: Any) -> Any:
         for name in values if isinstance(values, Mapping) else ():
             if name not in cls.model_fields:
-                match = get_close_matches(str(name), cls.model_fields, n=1)
-                hint = f"did you mean {match[0]!r}? " if match else ""
+                hint = did_you_mean(name, cls.model_fields, "did you mean {!r}? ")
                 raise ConfigError(
                     f"{name}: no such setting; {hint}help(langchain_turboquant_local) names them; other fields of "
                     "transformers' GenerationConfig go into generation_kwargs"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from functools import partial
 from typing import Any, Final
 
 from turboquant_local.config import PRESETS, TurboQuantConfig
-from turboquant_local.errors import EvaluationError
+from turboquant_local.errors import EvaluationError, did_you_mean
 from turboquant_local.evaluation.codecs.base import KVCodec
 from turboquant_local.evaluation.codecs.fake_quantized import (
     RESIDUAL_LENGTH,
@@ -100,9 +99,7 @@ def find_codec(text: str) -> KVCodec:
     """
     name, _, fields = text.partition(":")
     if name not in CODECS:
-        match = get_close_matches(name, CODECS, n=1)
-        hint = f" (did you mean {match[0]!r}?)" if match else ""
-        raise EvaluationError(f"codec={name!r}: expected one of {', '.join(CODECS)}{hint}")
+        raise EvaluationError(f"codec={name!r}: expected one of {', '.join(CODECS)}{did_you_mean(name, CODECS)}")
     given = _fields(text, fields)
     for field in given.keys() & _RANGES.keys():
         value, allowed = given[field], _RANGES[field]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any, Final
 
 from haystack.tools import deserialize_tools_or_toolset_inplace, serialize_tools_or_toolset
@@ -12,7 +11,7 @@ from haystack.utils import deserialize_callable, serialize_callable
 from haystack.utils.hf import deserialize_hf_model_kwargs, serialize_hf_model_kwargs
 
 from haystack_integrations.components.generators.turboquant_local.chat.settings import plain_response_format
-from turboquant_local.errors import ConfigError
+from turboquant_local.errors import ConfigError, did_you_mean
 
 _CALLABLES: Final = ("streaming_callback", "tool_parsing_function")
 
@@ -57,9 +56,7 @@ def live_parameters(plain: Mapping[str, Any] | None, known: Sequence[str]) -> di
     parameters = copy.deepcopy(dict(plain or {}))
     for name in parameters:
         if name not in known:
-            match = get_close_matches(str(name), known, n=1)
-            hint = f" (did you mean {match[0]!r}?)" if match else ""
-            raise ConfigError(f"{name}: no such parameter{hint}; known: {', '.join(known)}")
+            raise ConfigError(f"{name}: no such parameter{did_you_mean(name, known)}; known: {', '.join(known)}")
     deserialize_tools_or_toolset_inplace(parameters)
     deserialize_hf_model_kwargs(parameters.get("huggingface_pipeline_kwargs") or {})
     for name in _CALLABLES:
