@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from turboquant_local.cache import TurboQuantCache, predict_bytes
+from turboquant_local.cache.storage import targets
 from turboquant_local.config import TurboQuantConfig
 
 
@@ -31,10 +32,7 @@ class TurboQuantCodec:
 
         A token sees itself uncompressed, so the block that it completes is packed behind it.
         """
-        config = self.kv_cache
-        blocks = max(0, length - 1 - config.sink_length) // config.block_length
-        packed = min(config.packed_length(length), blocks * config.block_length)
-        return packed, min(config.far_length(length), packed)
+        return targets(self.kv_cache, length, among_first=length - 1)
 
     def stored_bytes(self, model_config: PreTrainedConfig, tokens: int) -> int:
         """Bytes of one sequence of `tokens` tokens of a 16-bit model.
