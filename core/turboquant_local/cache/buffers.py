@@ -81,15 +81,7 @@ class SideBuffers:
 
     def used(self, index: int, in_use: tuple[int, int, int, int]) -> KVView:
         """A layer's tokens, as the snapshot form holds them."""
-        sinks, far, near, recent = in_use
-        view = self.view(index, None)
-        return KVView(
-            view.sinks[:, :, :sinks],
-            view.far.tokens(0, far) if view.far and far else None,
-            view.near.tokens(0, near) if view.near and near else None,
-            view.recent[:, :, :recent],
-            view.statistics if far + near else None,
-        )
+        return self.view(index, None).first(*in_use)
 
     def pack(self, count: int, near: int, recent: int) -> None:
         """Pack the oldest of the recent tokens behind so many near ones."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -99,16 +99,16 @@ class KVView:
 
     def in_use(self) -> KVView:
         """A view of the tokens in use, without `lengths`, which are read on the host: that waits for the device."""
-        if self.lengths is None:
-            return self
-        sinks, far, near, recent = self.lengths.tolist()
-        return replace(
-            self,
-            sinks=self.sinks[:, :, :sinks],
-            far=self.far.tokens(0, far) if self.far and far else None,
-            near=self.near.tokens(0, near) if self.near and near else None,
-            recent=self.recent[:, :, :recent],
-            lengths=None,
+        return self if self.lengths is None else self.first(*self.lengths.tolist())
+
+    def first(self, sinks: int, far: int, near: int, recent: int) -> KVView:
+        """A view of so many tokens at the start of each part."""
+        return KVView(
+            self.sinks[:, :, :sinks],
+            self.far.tokens(0, far) if self.far and far else None,
+            self.near.tokens(0, near) if self.near and near else None,
+            self.recent[:, :, :recent],
+            self.statistics if far + near else None,
         )
 
 
