@@ -6,7 +6,6 @@ other numbers of rows may round otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -40,7 +39,7 @@ class SideBuffers:
         self._recent = x.new_empty(stacked, heads, recent, head_dim)
         # What they are for each head is not known before something is packed; until then nothing depends on it.
         blank = codec.statistics(x.new_ones(1, 1, 1, head_dim))
-        self._statistics = HeadStatistics(*(_repeated(field, stacked, heads) for field in _fields(blank)))
+        self._statistics = blank.map(lambda x: x.repeat(stacked, heads, *(1,) * (x.dim() - 2)))
         self._near = _room(codec.near, self._recent, near, self._statistics)
         self._far_capacity = far
         self._far: list[PackedKV] = []
@@ -63,7 +62,7 @@ class SideBuffers:
                 if room.scales is not None and part.scales is not None:
                     _copy(room.scales, part.scales)
         if view.packed and to.statistics is not None and view.statistics is not None:
-            for field, known in zip(_fields(to.statistics), _fields(view.statistics), strict=True):
+            for field, known in zip(to.statistics.fields, view.statistics.fields, strict=True):
                 if field is not None and known is not None:
                     _copy(field, known)
 
@@ -103,15 +102,7 @@ class SideBuffers:
 
     def _of(self, index: int) -> HeadStatistics:
         rows = slice(index * self._batch, (index + 1) * self._batch)
-        return HeadStatistics(*(None if field is None else field[rows] for field in _fields(self._statistics)))
-
-
-def _fields(statistics: HeadStatistics) -> Sequence[torch.Tensor | None]:
-    return statistics.mean, statistics.weights, statistics.scale_unit
-
-
-def _repeated(x: torch.Tensor | None, batch: int, heads: int) -> torch.Tensor | None:
-    return None if x is None else x.repeat(batch, heads, *(1,) * (x.dim() - 2))
+        return self._statistics.map(lambda x: x[rows])
 
 
 def _room(quantizer: Quantizer, like: torch.Tensor, tokens: int, statistics: HeadStatistics) -> PackedKV:

@@ -40,10 +40,8 @@ class SideCodec:
 
     def statistics(self, sample: torch.Tensor) -> HeadStatistics:
         """What is to be known of a head before its first token is packed."""
-        return head_statistics(sample, center=self.center, weigh=self.weigh, unit=8 in self._scale_bits())
-
-    def _scale_bits(self) -> tuple[int, int]:
-        return self.far.scale_bits, self.near.scale_bits
+        unit = 8 in (self.far.scale_bits, self.near.scale_bits)
+        return head_statistics(sample, center=self.center, weigh=self.weigh, unit=unit)
 
 
 def make_codec(config: TurboQuantConfig, head_dim: int, bits: int, keys: bool) -> SideCodec:
@@ -197,19 +195,14 @@ def crop(view: KVView, length: int) -> KVView:
 
 def map_tensors(view: KVView, function: Callable[[torch.Tensor], torch.Tensor]) -> KVView:
     """Apply a function of the batch dimension or of the device to every tensor."""
-
-    def mapped(x: torch.Tensor | None) -> torch.Tensor | None:
-        return None if x is None else function(x)
-
-    statistics = view.statistics and HeadStatistics(
-        mapped(view.statistics.mean), mapped(view.statistics.weights), mapped(view.statistics.scale_unit)
-    )
+    statistics = view.statistics and view.statistics.map(function)
 
     def mapped_part(part: PackedKV | None) -> PackedKV | None:
         if part is None or statistics is None:
             return None
         unit = None if part.scale_unit is None else statistics.scale_unit
-        return PackedKV(part.quantizer, function(part.codes), mapped(part.scales), unit, statistics.mean)
+        scales = None if part.scales is None else function(part.scales)
+        return PackedKV(part.quantizer, function(part.codes), scales, unit, statistics.mean)
 
     return KVView(
         function(view.sinks), mapped_part(view.far), mapped_part(view.near), function(view.recent), statistics

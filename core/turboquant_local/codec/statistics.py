@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,18 +27,26 @@ class HeadStatistics:
     weights: torch.Tensor | None = None
     scale_unit: torch.Tensor | None = None
 
+    @property
+    def fields(self) -> tuple[torch.Tensor | None, ...]:
+        """All of them, in the order above."""
+        return self.mean, self.weights, self.scale_unit
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> HeadStatistics:
+        """A function applied to those there are."""
+        return HeadStatistics(*(None if x is None else function(x) for x in self.fields))
+
     @staticmethod
     def stacked(parts: Sequence[HeadStatistics]) -> HeadStatistics:
         """Those of several batches, one behind the other."""
         if len(parts) == 1:
             return parts[0]
-        fields = zip(*((part.mean, part.weights, part.scale_unit) for part in parts), strict=True)
+        fields = zip(*(part.fields for part in parts), strict=True)
         return HeadStatistics(*(None if xs[0] is None else torch.cat(xs) for xs in fields))
 
     def split(self, count: int) -> list[HeadStatistics]:
         """So many equal parts of the batch, as views."""
-        fields = (self.mean, self.weights, self.scale_unit)
-        parts = ([None] * count if x is None else x.chunk(count) for x in fields)
+        parts = ([None] * count if x is None else x.chunk(count) for x in self.fields)
         return [HeadStatistics(*own) for own in zip(*parts, strict=True)]
 
 
