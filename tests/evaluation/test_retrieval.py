@@ -80,8 +80,8 @@ def test_the_tiny_model_finds_what_a_good_cache_keeps_and_not_what_a_bad_one_los
 
 def test_decoding_is_that_of_generate(tiny: LoadedModel, haystack: Haystack) -> None:
     prompts = make_prompts(haystack, "passkey", 300, 0.5, 2)
-    stops = end_ids(tiny.model, tiny.tokenizer, tiny.defaults)
-    replies = decode(tiny.model, tiny.tokenizer, prompts, UNCOMPRESSED, max_new_tokens=12, end_ids=stops)
+    stops = end_ids(tiny)
+    replies = decode(tiny, prompts, UNCOMPRESSED, max_new_tokens=12)
     for prompt, reply in zip(prompts, replies, strict=True):
         ids = tiny.model.generate(torch.tensor([prompt.ids]), max_new_tokens=12, do_sample=False, eos_token_id=stops)
         assert reply == tiny.tokenizer.decode(ids[0, 300:], skip_special_tokens=True)
@@ -128,7 +128,7 @@ def test_the_question_comes_after_the_document_is_packed(tiny: LoadedModel, hays
     prompts = make_prompts(haystack, "pairs", 512, 0.5, 4)
     fed: list[int] = []
     hook = tiny.model.register_forward_pre_hook(lambda _, args: fed.append(args[0].shape[1]))
-    decode(tiny.model, tiny.tokenizer, prompts, find_codec("balanced"), max_new_tokens=3, end_ids=[])
+    decode(tiny, prompts, find_codec("balanced"), max_new_tokens=3)
     hook.remove()
     longest = max(prompt.question_length for prompt in prompts)
     assert fed == [512 - longest, longest, 1, 1]

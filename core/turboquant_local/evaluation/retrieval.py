@@ -10,7 +10,7 @@ from typing import Final, Literal
 from turboquant_local.engine.loading import LoadedModel
 from turboquant_local.errors import EvaluationError
 from turboquant_local.evaluation.codecs.base import KVCodec
-from turboquant_local.evaluation.decoding import Prompt, decode, end_ids
+from turboquant_local.evaluation.decoding import Prompt, decode
 from turboquant_local.evaluation.haystack import Haystack
 from turboquant_local.evaluation.words import WORDS
 
@@ -127,16 +127,13 @@ def measure_retrieval(
             f"{_REPLY}; take shorter ones"
         )
     haystack = Haystack(loaded.tokenizer, text)
-    stops = end_ids(loaded.model, loaded.tokenizer, loaded.defaults)
     cells = []
     for task in tasks:
         for length in lengths:
             for depth in depths:
                 prompts = make_prompts(haystack, task, length, depth, samples, seed)
                 for codec in codecs:
-                    replies = decode(
-                        loaded.model, loaded.tokenizer, prompts, codec, max_new_tokens=_REPLY, end_ids=stops
-                    )
+                    replies = decode(loaded, prompts, codec, max_new_tokens=_REPLY)
                     correct = sum(prompt.answer in reply for prompt, reply in zip(prompts, replies, strict=True))
                     cells.append(RetrievalCell(codec.name, task, length, depth, correct, samples))
                     if on_progress is not None:

@@ -12,7 +12,7 @@ from turboquant_local.engine.parsing import ReplyParser
 from turboquant_local.engine.prompt import render_prompt
 from turboquant_local.engine.types import GenerationOptions, Message, Tool, ToolCall
 from turboquant_local.evaluation.codecs.base import KVCodec
-from turboquant_local.evaluation.decoding import Prompt, decode, end_ids
+from turboquant_local.evaluation.decoding import Prompt, decode
 from turboquant_local.evaluation.words import WORDS
 
 _VERBS: Final = ("get", "set", "find", "create", "update", "send", "check", "list")
@@ -97,12 +97,11 @@ def measure_tool_calls(
     Raises:
         ChatTemplateError: The tokenizer has no chat template, or one that leaves tools out.
     """
-    stops = end_ids(loaded.model, loaded.tokenizer, loaded.defaults)
     valid, correct = dict.fromkeys((c.name for c in codecs), 0), dict.fromkeys((c.name for c in codecs), 0)
     for request in make_requests(samples, seed):
         prompt = _prompt(loaded.tokenizer, request)
         for codec in codecs:
-            (reply,) = decode(loaded.model, loaded.tokenizer, [prompt], codec, max_new_tokens=_REPLY, end_ids=stops)
+            (reply,) = decode(loaded, [prompt], codec, max_new_tokens=_REPLY)
             calls = parse(reply, request.tools, loaded.tokenizer)
             valid[codec.name] += len(calls) == 1
             correct[codec.name] += [(call.name, call.arguments) for call in calls] == [
