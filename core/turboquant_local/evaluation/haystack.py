@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from itertools import accumulate, count
+from itertools import accumulate
 from typing import Any, Final
 
 from turboquant_local.errors import EvaluationError
 from turboquant_local.evaluation.decoding import Prompt
+from turboquant_local.evaluation.windows import text_prefix
 
 _HERE: Final = "@@here@@"
 _SHORTEST_SENTENCE: Final = 30
@@ -47,9 +48,7 @@ class Haystack:
     def _frame(self) -> tuple[list[int], list[int]]:
         """What stands before and after a user's message."""
         if self._tokenizer.chat_template is None:
-            empty = list(self._tokenizer("").input_ids)
-            bos = empty[:1] if empty and empty[0] == self._tokenizer.bos_token_id else []
-            return bos, self.encode("\nAnswer:")
+            return text_prefix(self._tokenizer), self.encode("\nAnswer:")
         text = self._tokenizer.apply_chat_template(
             [{"role": "user", "content": _HERE}], tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
@@ -83,19 +82,17 @@ class Haystack:
             (min(range(len(ends)), key=lambda index: abs(ends[index] - depth * room)), tokens)
             for depth, tokens in needles
         ]
-        for index in range(len(filler) + 1):
+        for index, sentence in enumerate([*filler, []]):
             for spot, tokens in spots:
                 body += tokens if spot == index else []
-            body += filler[index] if index < len(filler) else []
+            body += sentence
         return Prompt([*self._before, *body, *tail], len(tail), answer)
 
     def _filler(self, room: int, start: int) -> list[list[int]]:
         """Sentences of `room` tokens in all; the last one is cut."""
         sentences: list[list[int]] = []
-        for index in count(start):
-            if room == 0:
-                return sentences
-            sentence = self._sentences[index % len(self._sentences)][:room]
+        while room:
+            sentence = self._sentences[(start + len(sentences)) % len(self._sentences)][:room]
             sentences.append(sentence)
             room -= len(sentence)
-        raise AssertionError("count() does not end")
+        return sentences

@@ -55,7 +55,7 @@ def cut_windows(
     Raises:
         EvaluationError: The text is too short for one window.
     """
-    prefix = _prefix(tokenizer)
+    prefix = text_prefix(tokenizer)
     body = length - len(prefix)
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.long)
     if len(ids) < body:
@@ -66,7 +66,7 @@ def cut_windows(
     return torch.cat([windows.new_tensor(prefix).expand(len(windows), -1), windows], dim=1)
 
 
-def _prefix(tokenizer: Any) -> list[int]:
+def text_prefix(tokenizer: Any) -> list[int]:
     """The special token that this tokenizer puts before a text, if any."""
     empty = list(tokenizer("").input_ids)
     return empty[:1] if empty and empty[0] == tokenizer.bos_token_id else []
