@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -105,6 +105,15 @@ def _obstacle(codec: KVCodec, length: int, held: Size) -> str | None:
     return None
 
 
+def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points, bytes and loss, that none beats in both; by bytes."""
+    best: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    return best
+
+
 def loss_at(stored_bytes: int, points: Sequence[tuple[int, float]]) -> float | None:
     """What a family of codecs loses at a given number of bytes: log-linear between its best members around it.
 
@@ -115,10 +124,7 @@ def loss_at(stored_bytes: int, points: Sequence[tuple[int, float]]) -> float | N
         stored_bytes: The bytes.
         points: Bytes and loss of the members, each above 0.
     """
-    best: list[tuple[int, float]] = []
-    for point in sorted(points):
-        if not best or point[1] < best[-1][1]:
-            best.append(point)
+    best = frontier(points)
     if not best or stored_bytes < 0.99 * best[0][0]:
         return None
     for (low, loss_low), (high, loss_high) in pairwise(best):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turboquant_local.errors import EvaluationError
-from turboquant_local.evaluation.comparison import TOKENS, Comparison
+from turboquant_local.evaluation.comparison import TOKENS, Comparison, frontier
 from turboquant_local.evaluation.layers import LayerFidelity
 
 if TYPE_CHECKING:
@@ -86,10 +86,7 @@ def _draw_frontier(axes: Axes, rows: Sequence[Comparison], highlight: str | None
         if row.fidelity is not None:
             family = re.sub(r"-[\d.]+$", "", row.codec)  # kivi-2, kivi-3 and kivi-4 are one series
             series.setdefault(family, []).append((row.size.stored_bytes / 2**20, max(row.fidelity.kl_mean, _LEAST)))
-    best: list[tuple[float, float]] = []
-    for point in sorted(point for points in series.values() for point in points):
-        if not best or point[1] < best[-1][1]:
-            best.append(point)
+    best = frontier(chain.from_iterable(series.values()))
     axes.plot(*zip(*best, strict=True), color="0.75", lw=5, alpha=0.6, zorder=1, label="least loss for its bytes")
     markers = cycle("sD^vP<>p")
     for family, points in series.items():
