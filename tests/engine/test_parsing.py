@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from turboquant_local.engine.parsing import Delta, ReplyParser
+from turboquant_local.engine.parsing import ReplyParser
 from turboquant_local.engine.text import TokenDecoder
-from turboquant_local.engine.types import ReasoningDelta, TextDelta, Tool, ToolCall, ToolCallDelta
+from turboquant_local.engine.types import Delta, ReasoningDelta, TextDelta, Tool, ToolCall, ToolCallDelta
 
 TINY_MODEL = Path(__file__).parents[2] / "examples" / "tiny-model"
 WEATHER = Tool("get_weather", "", {"type": "object", "properties": {"city": {"type": "string"}}})

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
 from turboquant_local.config import TurboQuantConfig
-from turboquant_local.engine.generation import Emit, cancelled_reply, generate_reply
+from turboquant_local.engine.generation import cancelled_reply, generate_reply
 from turboquant_local.engine.loading import LoadedModel, ModelSpec, acquire_model, release_model
 from turboquant_local.engine.metrics import Stopwatch
 from turboquant_local.engine.options import check_options, merge_options
+from turboquant_local.engine.parsing import ToolParser
 from turboquant_local.engine.prompt import render_prompt
 from turboquant_local.engine.prompt_cache import PromptCache
 from turboquant_local.engine.reply_form import offered_tools
-from turboquant_local.engine.request import ToolParser, prepare_request
-from turboquant_local.engine.streaming import Cancellation, astream_events, stream_events
+from turboquant_local.engine.request import prepare_request
+from turboquant_local.engine.streaming import Cancellation, Emit, Work, astream_events, stream_events
 from turboquant_local.engine.types import (
     ChatReply,
     GenerationMetrics,
@@ -243,9 +244,7 @@ class ChatEngine:
                 self._release.atexit = False
             return self._loaded
 
-    def _work(
-        self, messages: Sequence[Message], tools: Sequence[Tool], options: GenerationOptions | None
-    ) -> Callable[[Cancellation, Emit], ChatReply]:
+    def _work(self, messages: Sequence[Message], tools: Sequence[Tool], options: GenerationOptions | None) -> Work:
         messages, tools = tuple(messages), tuple(tools)
         return lambda cancellation, emit: self._generate(messages, tools, options, cancellation, emit)
 

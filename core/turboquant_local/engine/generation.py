@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,11 +14,9 @@ from turboquant_local.engine.metrics import collect_metrics, peak_memory, start_
 from turboquant_local.engine.prefill import first_part, prefill
 from turboquant_local.engine.prompt_cache import PromptCache, log_once
 from turboquant_local.engine.request import Request
+from turboquant_local.engine.streaming import Emit
 from turboquant_local.engine.text import StopStrings, TokenDecoder
-from turboquant_local.engine.types import ChatReply, FinishReason, ReasoningDelta, TextDelta, ToolCallDelta, Usage
-
-Delta = TextDelta | ReasoningDelta | ToolCallDelta
-Emit = Callable[[Delta], None]
+from turboquant_local.engine.types import ChatReply, FinishReason, Usage
 
 
 class ReplyReader(StoppingCriteria):

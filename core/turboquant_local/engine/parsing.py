@@ -19,12 +19,13 @@ from turboquant_local.engine.tool_formats import (
     Calls,
     read_calls,
 )
-from turboquant_local.engine.types import ReasoningDelta, TextDelta, Tool, ToolCall, ToolCallDelta
+from turboquant_local.engine.types import Delta, ReasoningDelta, TextDelta, Tool, ToolCall, ToolCallDelta
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Delta: TypeAlias = TextDelta | ReasoningDelta | ToolCallDelta
+ToolParser: TypeAlias = Callable[[str], Sequence[ToolCall] | None]
+"""Reads the tool calls of a whole reply; None or nothing if it has none."""
 
 _LINE_ENDS: Final = "\r\n"
 
@@ -58,7 +59,7 @@ class ReplyParser:
         tools: Sequence[Tool] = (),
         starts_in_reasoning: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        tool_parser: Callable[[str], Sequence[ToolCall] | None] | None = None,
+        tool_parser: ToolParser | None = None,
         is_constrained: bool = False,
     ) -> None:
         self._tools = tuple(tools)
@@ -217,7 +218,7 @@ class ReplyParser:
             self._add(ToolCallDelta(len(self._tool_calls), call))
             self._tool_calls.append(call)
 
-    def _take_parsed_calls(self, tool_parser: Callable[[str], Sequence[ToolCall] | None]) -> None:
+    def _take_parsed_calls(self, tool_parser: ToolParser) -> None:
         self._tool_parser = None
         calls = tool_parser(self.text + self._buffer)
         if calls:

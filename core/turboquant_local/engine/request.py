@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 from transformers import LogitsProcessorList
 
 from turboquant_local.engine.grammar import Constraint, make_constraint
 from turboquant_local.engine.loading import LoadedModel
 from turboquant_local.engine.metrics import Stopwatch
-from turboquant_local.engine.parsing import ReplyParser
+from turboquant_local.engine.parsing import ReplyParser, ToolParser
 from turboquant_local.engine.prompt import opens_reasoning, prompt_end
 from turboquant_local.engine.reply_form import reply_form
 from turboquant_local.engine.sampling import Sampling, resolve_sampling
-from turboquant_local.engine.types import GenerationOptions, Tool, ToolCall
+from turboquant_local.engine.types import GenerationOptions, Tool
 from turboquant_local.errors import ContextLengthError
-
-ToolParser: TypeAlias = Callable[[str], Sequence[ToolCall] | None]
-"""Reads the tool calls of a whole reply; None or nothing if it has none."""
 
 
 @dataclass(frozen=True)

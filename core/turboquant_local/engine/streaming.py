@@ -10,16 +10,10 @@ import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator
 
-from turboquant_local.engine.types import (
-    ChatReply,
-    Finished,
-    ReasoningDelta,
-    StreamEvent,
-    TextDelta,
-    ToolCallDelta,
-)
+from turboquant_local.engine.types import ChatReply, Delta, Finished, StreamEvent
 
-Work = Callable[["Cancellation", Callable[[TextDelta | ReasoningDelta | ToolCallDelta], None]], ChatReply]
+Emit = Callable[[Delta], None]
+Work = Callable[["Cancellation", Emit], ChatReply]
 """A generation: takes what may cancel it and where its events go, and returns the reply."""
 
 

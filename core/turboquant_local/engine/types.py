@@ -242,4 +242,5 @@ class Finished:
     reply: ChatReply
 
 
-StreamEvent: TypeAlias = TextDelta | ReasoningDelta | ToolCallDelta | Finished
+Delta: TypeAlias = TextDelta | ReasoningDelta | ToolCallDelta
+StreamEvent: TypeAlias = Delta | Finished

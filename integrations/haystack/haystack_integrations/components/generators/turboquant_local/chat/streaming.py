@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import aclosing, closing
-from typing import Any, cast
+from typing import Any
 
 from haystack.dataclasses import (
     ComponentInfo,
@@ -71,7 +71,7 @@ class ChunkWriter:
 
 
 def deliver(
-    events: Iterator[engine.StreamEvent], writer: ChunkWriter, callback: Callable[[StreamingChunk], object]
+    events: Generator[engine.StreamEvent], writer: ChunkWriter, callback: Callable[[StreamingChunk], object]
 ) -> engine.ChatReply:
     """Call the callback with every chunk, in this thread, and return the reply.
 
@@ -80,7 +80,7 @@ def deliver(
     Raises:
         ConfigError: The callback returned something to await.
     """
-    with closing(cast(Generator[engine.StreamEvent], events)):
+    with closing(events):
         for event in events:
             result = callback(writer.write(event))
             if inspect.isawaitable(result):
@@ -95,7 +95,7 @@ def deliver(
 
 
 async def deliver_async(
-    events: AsyncIterator[engine.StreamEvent],
+    events: AsyncGenerator[engine.StreamEvent],
     writer: ChunkWriter,
     callback: Callable[[StreamingChunk], object] | None,
 ) -> engine.ChatReply:
@@ -103,7 +103,7 @@ async def deliver_async(
 
     A cancelled task or an exception in the callback closes the events, which cancels the generation.
     """
-    async with aclosing(cast(AsyncGenerator[engine.StreamEvent], events)):
+    async with aclosing(events):
         async for event in events:
             if callback is not None:
                 result = callback(writer.write(event))
