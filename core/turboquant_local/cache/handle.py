@@ -43,7 +43,7 @@ class AttentionStats:
 class KVHandle(torch.Tensor):
     """A tensor of keys or values by shape, dtype and device, without storage.
 
-    The registered attention reads `view`. Any other operation decompresses first, so that it is right, and is
+    The registered attention reads `view_of_tokens`. Any other operation decompresses first, so that it is right, and is
     counted. A handle is a snapshot: later changes of the cache do not reach it.
     """
 

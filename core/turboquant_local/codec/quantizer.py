@@ -100,7 +100,7 @@ class MSEQuantizer:
         head_dim: Size of the vectors, a multiple of 8.
         bits: Bits a coordinate, 1 to 8.
         rotation: Kind of rotation.
-        scale: What is stored beside the codes in 16 bits: "norm" |x| (the paper), "unbiased" |x|^2 / <x, x̂>
+        scale: What is stored beside the codes: "norm" |x| (the paper), "unbiased" |x|^2 / <x, x̂>
             (inner products without bias, EDEN's choice), "least_error" <x, x̂> / |x̂|^2.
         seed: Seed of the rotation.
         scale_bits: Bits in which the storage keeps the scale, 8 or 16. `quantize` itself gives float32.

@@ -11,11 +11,7 @@ from transformers.cache_utils import Cache
 
 
 class KVCodec(Protocol):
-    """A way to store keys and values, ready to be measured.
-
-    Attributes:
-        name: Its name in tables.
-    """
+    """A way to store keys and values, ready to be measured."""
 
     @property
     def name(self) -> str:
