@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal, get_args
 
 from turboquant_local.errors import ConfigError, did_you_mean
 from turboquant_local.widths import BITS, LayerBits, by_layer, layer_bits
@@ -13,12 +13,6 @@ from turboquant_local.widths import BITS, LayerBits, by_layer, layer_bits
 Rotation = Literal["auto", "hadamard", "dense"]
 Scale = Literal["unbiased", "least_error", "norm"]
 CodebookName = Literal["grid", "lloyd_max"]
-
-SCALE_BITS: Final = (8, 16)
-
-ROTATIONS: Final = ("auto", "hadamard", "dense")
-SCALES: Final = ("unbiased", "least_error", "norm")
-CODEBOOKS: Final = ("grid", "lloyd_max")
 
 BLOCK_LENGTH: Final = 32
 """Tokens that leave the recent window together and are packed as one block."""
@@ -164,13 +158,13 @@ class TurboQuantConfig:
             ("k_bits", BITS),
             ("v_bits", BITS),
             ("near_bits", BITS[:-1]),
-            ("rotation", ROTATIONS),
-            ("codebook", CODEBOOKS),
-            ("scale", SCALES),
-            ("scale_bits", SCALE_BITS),
+            ("rotation", get_args(Rotation)),
+            ("codebook", get_args(CodebookName)),
+            ("scale", get_args(Scale)),
+            ("scale_bits", (8, 16)),
         ):
             value = getattr(self, name)
-            if isinstance(value, bool | float) or value not in cast(tuple[object, ...], choices):
+            if isinstance(value, bool | float) or value not in choices:
                 raise ConfigError(f"{name}={value!r}: expected one of {', '.join(map(str, choices))}")
         for name in ("sink_length", "residual_length", "near_length", "skip_first_layers", "skip_last_layers", "seed"):
             value = getattr(self, name)

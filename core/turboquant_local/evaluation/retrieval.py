@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from turboquant_local.engine.loading import LoadedModel
 from turboquant_local.errors import EvaluationError
@@ -16,7 +16,7 @@ from turboquant_local.evaluation.words import WORDS
 
 Task = Literal["passkey", "pairs", "list"]
 
-TASKS: Final[tuple[Task, ...]] = ("passkey", "pairs", "list")
+TASKS: Final[tuple[Task, ...]] = get_args(Task)
 LENGTHS: Final = (512, 1024, 2048, 4000)
 DEPTHS: Final = (0.1, 0.3, 0.5, 0.7, 0.9)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping
 from operator import itemgetter
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal, cast, get_args
 
 from langchain_core.exceptions import OutputParserException
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
@@ -19,7 +19,7 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 from turboquant_local.errors import ConfigError
 
 Method = Literal["function_calling", "json_schema", "json_mode"]
-METHODS: Final = ("function_calling", "json_schema", "json_mode")
+METHODS: Final = get_args(Method)
 
 _ENDED_BY: Final[Mapping[str, str]] = {
     "length": "max_tokens cut it off; allow more",
