@@ -179,8 +179,5 @@ def predict_bytes(
             )
         else:
             total += 2 * batch_size * heads * tokens * plain
-    return total + _constant_bytes(quantizers)
-
-
-def _constant_bytes(quantizers: list[Quantizer]) -> int:
-    return storage_bytes(live_tensors([quantizer.constants(torch.device("cpu")) for quantizer in quantizers]))
+    constants = [quantizer.constants(torch.device("cpu")) for quantizer in quantizers]
+    return total + storage_bytes(live_tensors(constants))

@@ -99,11 +99,6 @@ class MixedQuantizer:
         return packed_size(self.num_outliers, self.high_bits) + packed_size(rest, self.low_bits) + 4
 
     @property
-    def bytes_per_head(self) -> int:
-        """Bytes of the channel index."""
-        return packed_size(self.head_dim, 1)
-
-    @property
     def _high(self) -> MSEQuantizer:
         return MSEQuantizer(self.num_outliers, self.high_bits, self.rotation, self.scale, self.seed + 1)
 

@@ -82,13 +82,10 @@ _NEUTRAL: Final[Mapping[str, object]] = {
 
 _BLANK: Final = GenerationConfig()
 
-_OWN_FIELDS: Final = tuple(
-    field.name for field in dataclasses.fields(GenerationOptions) if field.name not in ("template_kwargs", "extra")
-)
-
-
 _JOINED: Final = ("template_kwargs", "extra")
 """Fields whose entries are laid over each other one by one."""
+
+_OWN_FIELDS: Final = tuple(field.name for field in dataclasses.fields(GenerationOptions) if field.name not in _JOINED)
 
 
 def merge_options(defaults: GenerationOptions | None, override: GenerationOptions | None) -> GenerationOptions:

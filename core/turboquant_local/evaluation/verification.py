@@ -15,6 +15,7 @@ from turboquant_local.codec import lloyd_max
 from turboquant_local.config import TurboQuantConfig
 from turboquant_local.errors import ConfigError, EvaluationError
 from turboquant_local.evaluation.codecs.turboquant import TurboQuantCodec
+from turboquant_local.evaluation.comparison import TOKENS
 from turboquant_local.evaluation.fidelity import CHUNK, UNCOMPRESSED, Fidelity, measure_fidelity
 from turboquant_local.evaluation.layers import LayerFidelity, measure_layers
 from turboquant_local.evaluation.windows import CONTEXT
@@ -22,9 +23,6 @@ from turboquant_local.evaluation.windows import CONTEXT
 COSINE_MARGIN: Final = 0.01
 """How far a cosine may lie below what codes of so many bits give after a random rotation. Error feedback takes up to
 .007 of it, measured on the embedded model at 2 bits: it errs where queries do not look."""
-
-REPORTED_TOKENS: Final = 4096
-"""Length at which bytes are told, or the model's context if it is shorter."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Verification:
         fidelity: The whole model with the compressed cache.
         floor: The same with the identity codec: what rounding alone does.
         layers: Layer by layer.
-        tokens: Length at which bytes are told.
+        tokens: Length at which bytes are told: `comparison.TOKENS`, or the model's context if it is shorter.
         stored_bytes: Bytes of the cache at that length; None where they do not follow from the config.
         uncompressed_bytes: Bytes of transformers' own cache.
         checks: Figures against thresholds.
@@ -142,7 +140,7 @@ def verify(
     layers = measure_layers(model, windows[:1], codec, context=context, chunk=chunk)
     if on_progress is not None:
         on_progress("layers")
-    tokens = min(REPORTED_TOKENS, getattr(model.config.get_text_config(), "max_position_embeddings", REPORTED_TOKENS))
+    tokens = min(TOKENS, getattr(model.config.get_text_config(), "max_position_embeddings", TOKENS))
     stored, uncompressed = (_bytes(which, model.config, tokens) for which in (codec, UNCOMPRESSED))
     checks = _check(model.config, kv_cache, thresholds, fidelity, layers)
     return Verification(kv_cache, fidelity, floor, layers, tokens, stored, uncompressed, checks)
