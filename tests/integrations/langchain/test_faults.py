@@ -1,4 +1,7 @@
-"""What ChatHuggingFace over HuggingFacePipeline does wrong, done right."""
+"""What ChatHuggingFace over HuggingFacePipeline does wrong, done right.
+
+Its lack of async, of objects for schemas and of a profile: `test_streaming`, `test_structured_output`, `test_profile`.
+"""
 
 import shutil
 import threading
@@ -10,7 +13,6 @@ import pytest
 import torch
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import BaseTool
-from pydantic import BaseModel
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
@@ -45,11 +47,6 @@ def test_the_reply_does_not_begin_with_the_prompt(model: ChatTurboQuantLocal) ->
     assert model.invoke(FRANCE).content == PARIS
 
 
-async def test_async_is_not_missing(model: ChatTurboQuantLocal) -> None:
-    assert (await model.ainvoke(FRANCE)).content == PARIS
-    assert "".join([chunk.text async for chunk in model.astream(FRANCE)]) == PARIS
-
-
 def test_tools_reach_the_template_and_calls_are_parsed(
     model: ChatTurboQuantLocal, weather: BaseTool, seen: Callable[[ChatTurboQuantLocal], list[int]]
 ) -> None:
@@ -75,15 +72,6 @@ def test_tool_choice_any_is_no_name_of_a_function(model: ChatTurboQuantLocal, we
     assert [call["name"] for call in answer.tool_calls] == ["get_weather"]
 
 
-def test_pydantic_output_is_an_object(model: ChatTurboQuantLocal) -> None:
-    class Person(BaseModel):
-        name: str
-        age: int
-
-    text = "Maria Reed is 42 years old.\n\nExtract name, age as JSON."
-    assert model.with_structured_output(Person).invoke(text) == Person(name="Maria Reed", age=42)
-
-
 def test_response_format_is_kept(model: ChatTurboQuantLocal) -> None:
     choice = {"type": "object", "properties": {"answer": {"enum": ["yes", "no"]}}, "required": ["answer"]}
     answer = model.invoke("Hello", response_format={"type": "json_schema", "json_schema": {"schema": choice}})
@@ -102,13 +90,6 @@ def test_usage_model_and_finish_reason_are_told(model: ChatTurboQuantLocal, tiny
     assert answer.response_metadata["model_name"] == tiny_model
     assert answer.response_metadata["finish_reason"] == "stop"
     assert model.invoke(FRANCE, max_tokens=3).response_metadata["finish_reason"] == "length"
-
-
-def test_the_profile_is_known(model: ChatTurboQuantLocal) -> None:
-    assert model.profile is not None
-    assert model.profile["max_input_tokens"] == 4096
-    assert model.profile["tool_calling"]
-    assert model.profile["structured_output"]
 
 
 @pytest.mark.parametrize("settings", [{}, {"stop": ["Fr"]}])
