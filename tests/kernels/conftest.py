@@ -81,6 +81,15 @@ class Case:
             return torch.cat([scores, column], -1).softmax(-1)[..., :-1] @ whole(values)
         return scores.softmax(-1) @ whole(values)
 
+    def of(
+        self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+    ) -> tuple[torch.Tensor, KVView, KVView, torch.Tensor]:
+        """The last queries of a sequence, its keys and values, and attention over them."""
+        q_heads, heads, q_length, tokens, k_dim, v_dim, k_bits, v_bits = shape
+        keys, values = self.views(tokens, heads, k_dim, v_dim, k_bits, v_bits, dtype)
+        query = self.queries(q_heads, q_length, k_dim, dtype)
+        return query, keys, values, self.exact(query, keys, values, self.causal(q_length, tokens))
+
     @staticmethod
     def error(out: torch.Tensor, truth: torch.Tensor) -> float:
         assert out.isfinite().all()

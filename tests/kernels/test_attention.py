@@ -18,64 +18,39 @@ pytestmark = [
 
 SHAPES = [
     # q_heads, heads, q_length, tokens, k_dim, v_dim, k_bits, v_bits
-    pytest.param(8, 2, 1, 403, 128, 128, 4, 4, id="gqa-d128-k4v4"),
-    pytest.param(4, 4, 1, 63, 64, 64, 3, 2, id="mha-d64-k3v2"),
-    pytest.param(6, 1, 7, 200, 96, 96, 8, 4, id="mqa-7-queries-d96-k8v4"),
-    pytest.param(2, 2, 2, 150, 80, 64, 2, 3, id="mha-2-queries-k80v64-k2v3"),
-    pytest.param(4, 2, 5, 90, 192, 128, 1, 16, id="gqa-5-queries-k192v128-k1v16"),
-    pytest.param(2, 1, 8, 90, 256, 256, 16, 1, id="gqa-8-queries-d256-k16v1"),
-    pytest.param(2, 2, 1, 90, 64, 64, 16, 16, id="mha-identity"),
-    pytest.param(4, 2, 1, 110, 96, 128, 6, 6, id="gqa-k96v128-k6v6"),
-    pytest.param(8, 2, 20, 303, 128, 128, 4, 4, id="gqa-20-queries-d128-k4v4"),
-    pytest.param(4, 4, 9, 63, 64, 64, 3, 2, id="mha-9-queries-d64-k3v2"),
-    pytest.param(6, 1, 13, 140, 96, 96, 8, 4, id="mqa-13-queries-d96-k8v4"),
-    pytest.param(2, 2, 40, 150, 80, 64, 2, 3, id="mha-40-queries-k80v64-k2v3"),
-    pytest.param(4, 2, 11, 90, 192, 128, 1, 16, id="gqa-11-queries-k192v128-k1v16"),
-    pytest.param(2, 1, 10, 90, 256, 256, 16, 1, id="gqa-10-queries-d256-k16v1"),
-    pytest.param(2, 2, 30, 90, 64, 64, 16, 16, id="mha-30-queries-identity"),
-    pytest.param(4, 2, 12, 110, 96, 128, 6, 6, id="gqa-12-queries-k96v128-k6v6"),
+    pytest.param((8, 2, 1, 403, 128, 128, 4, 4), id="gqa-d128-k4v4"),
+    pytest.param((4, 4, 1, 63, 64, 64, 3, 2), id="mha-d64-k3v2"),
+    pytest.param((6, 1, 7, 200, 96, 96, 8, 4), id="mqa-7-queries-d96-k8v4"),
+    pytest.param((2, 2, 2, 150, 80, 64, 2, 3), id="mha-2-queries-k80v64-k2v3"),
+    pytest.param((4, 2, 5, 90, 192, 128, 1, 16), id="gqa-5-queries-k192v128-k1v16"),
+    pytest.param((2, 1, 8, 90, 256, 256, 16, 1), id="gqa-8-queries-d256-k16v1"),
+    pytest.param((2, 2, 1, 90, 64, 64, 16, 16), id="mha-identity"),
+    pytest.param((4, 2, 1, 110, 96, 128, 6, 6), id="gqa-k96v128-k6v6"),
+    pytest.param((8, 2, 20, 303, 128, 128, 4, 4), id="gqa-20-queries-d128-k4v4"),
+    pytest.param((4, 4, 9, 63, 64, 64, 3, 2), id="mha-9-queries-d64-k3v2"),
+    pytest.param((6, 1, 13, 140, 96, 96, 8, 4), id="mqa-13-queries-d96-k8v4"),
+    pytest.param((2, 2, 40, 150, 80, 64, 2, 3), id="mha-40-queries-k80v64-k2v3"),
+    pytest.param((4, 2, 11, 90, 192, 128, 1, 16), id="gqa-11-queries-k192v128-k1v16"),
+    pytest.param((2, 1, 10, 90, 256, 256, 16, 1), id="gqa-10-queries-d256-k16v1"),
+    pytest.param((2, 2, 30, 90, 64, 64, 16, 16), id="mha-30-queries-identity"),
+    pytest.param((4, 2, 12, 110, 96, 128, 6, 6), id="gqa-12-queries-k96v128-k6v6"),
 ]
 
 
-@pytest.mark.parametrize(("q_heads", "heads", "q_length", "tokens", "k_dim", "v_dim", "k_bits", "v_bits"), SHAPES)
-def test_every_shape_and_width(
-    impl: str,
-    q_heads: int,
-    heads: int,
-    q_length: int,
-    tokens: int,
-    k_dim: int,
-    v_dim: int,
-    k_bits: int,
-    v_bits: int,
-    case: Any,
-) -> None:
-    keys, values = case.views(tokens, heads, k_dim, v_dim, k_bits, v_bits)
-    query = case.queries(q_heads, q_length, k_dim)
-    truth = case.exact(query, keys, values, case.causal(q_length, tokens))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_and_width(impl: str, shape: tuple[int, ...], case: Any) -> None:
+    query, keys, values, truth = case.of(shape)
     assert case.error(api.attention(query, keys, values, impl=impl), truth) < 2e-6
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; CI has none")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("q_heads", "heads", "q_length", "tokens", "k_dim", "v_dim", "k_bits", "v_bits"), SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_half_precision_is_no_worse_than_its_rounding(
-    impl: str,
-    q_heads: int,
-    heads: int,
-    q_length: int,
-    tokens: int,
-    k_dim: int,
-    v_dim: int,
-    k_bits: int,
-    v_bits: int,
-    dtype: torch.dtype,
-    case: Any,
+    impl: str, shape: tuple[int, ...], dtype: torch.dtype, case: Any
 ) -> None:
-    keys, values = case.views(tokens, heads, k_dim, v_dim, k_bits, v_bits, dtype)
-    query = case.queries(q_heads, q_length, k_dim, dtype)
-    truth = case.exact(query, keys, values, case.causal(q_length, tokens))
+    query, keys, values, truth = case.of(shape, dtype)
     out = api.attention(query, keys, values, impl=impl)
     assert out.dtype == dtype
     assert case.error(out, truth) < (1e-3 if dtype == torch.float16 else 4e-3)

@@ -11,35 +11,23 @@ from turboquant_local.kernels import api
 from turboquant_local.kernels.layout import KVView
 
 SHAPES = [
-    pytest.param(6, 1, 7, 200, 96, 96, 8, 4, id="chunk-mqa-d96-k8v4"),
-    pytest.param(4, 2, 33, 150, 80, 64, 2, 3, id="chunk-gqa-k80v64-k2v3"),
-    pytest.param(4, 2, 5, 90, 192, 128, 1, 16, id="chunk-gqa-k192v128-k1v16"),
-    pytest.param(2, 2, 90, 90, 64, 64, 16, 16, id="all-at-once-identity"),
+    pytest.param((6, 1, 7, 200, 96, 96, 8, 4), id="chunk-mqa-d96-k8v4"),
+    pytest.param((4, 2, 33, 150, 80, 64, 2, 3), id="chunk-gqa-k80v64-k2v3"),
+    pytest.param((4, 2, 5, 90, 192, 128, 1, 16), id="chunk-gqa-k192v128-k1v16"),
+    pytest.param((2, 2, 90, 90, 64, 64, 16, 16), id="all-at-once-identity"),
 ]
 
 
-@pytest.mark.parametrize(("q_heads", "heads", "q_length", "tokens", "k_dim", "v_dim", "k_bits", "v_bits"), SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("small_tiles", [False, True])
 def test_chunks_of_queries_in_tiles_of_any_size(
-    q_heads: int,
-    heads: int,
-    q_length: int,
-    tokens: int,
-    k_dim: int,
-    v_dim: int,
-    k_bits: int,
-    v_bits: int,
-    small_tiles: bool,
-    case: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, ...], small_tiles: bool, case: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if small_tiles:
         monkeypatch.setattr("turboquant_local.kernels.reference._TILE_ELEMENTS", {"cpu": 1, "cuda": 1})
-    keys, values = case.views(tokens, heads, k_dim, v_dim, k_bits, v_bits)
-    query = case.queries(q_heads, q_length, k_dim)
-    truth = case.exact(query, keys, values, case.causal(q_length, tokens))
+    query, keys, values, truth = case.of(shape)
     assert case.error(api.attention(query, keys, values, impl="reference"), truth) < 2e-6
-    mask = case.causal(q_length, tokens).expand(2, 1, -1, -1)
+    mask = case.causal(query.shape[2], keys.shape[2]).expand(2, 1, -1, -1)
     assert case.error(api.attention(query, keys, values, mask=mask, impl="reference"), truth) < 2e-6
 
 
