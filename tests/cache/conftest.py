@@ -1,6 +1,6 @@
 """What the tests of the cache share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -27,3 +27,11 @@ def stored() -> Callable[[DynamicCache, int], list[torch.Tensor]]:
     and codes are to be compared to the bit. The scale of an unpacked token is 1.
     """
     return lambda cache, layer=0: [_shown(cache.layers[layer]._k), _shown(cache.layers[layer]._v)]
+
+
+@pytest.fixture
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

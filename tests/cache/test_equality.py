@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,6 +22,8 @@ from transformers import (
 from turboquant_local.cache import TurboQuantCache
 from turboquant_local.testing import TINY_MODELS, random_tokens, tiny_model
 
+pytestmark = pytest.mark.usefixtures("_one_thread")
+
 MakeCache = Callable[[], Cache]
 Texts = list[list[int]]
 Scenario = Callable[[PreTrainedModel, MakeCache], Texts]
@@ -35,14 +37,6 @@ PROMPT, NEW = 72, 20
 
 # Architectures whose softcap or sinks transformers' sdpa leaves out: stock runs them in eager mode.
 EAGER_TYPES = ("gemma2", "gpt_oss")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.cache

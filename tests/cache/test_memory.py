@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,15 +16,9 @@ from turboquant_local.cache import TurboQuantCache, predict_bytes
 from turboquant_local.errors import ConfigError
 from turboquant_local.testing import PeakBytes, random_kv, random_tokens, reachable_bytes, tiny_model
 
+pytestmark = pytest.mark.usefixtures("_one_thread")
+
 SMALL = {"sink_length": 2, "residual_length": 8, "near_length": 16}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.cache
