@@ -67,26 +67,21 @@ class TurboQuantMixed:
 
     Attributes:
         low_bits: Bits a coordinate of most channels.
-        tile: Tokens that share a choice of outlier channels.
+        block_length: Tokens of a tile, which share a choice of outlier channels.
     """
 
     low_bits: int
-    tile: int = 128
-
-    @property
-    def block_length(self) -> int:
-        """A tile at a time."""
-        return self.tile
+    block_length: int = 128
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Vectors after a round trip."""
         quantizer = self._quantizer(x.shape[-1])
-        tiles = x.unflatten(2, (-1, self.tile))
+        tiles = x.unflatten(2, (-1, self.block_length))
         return quantizer.dequantize(quantizer.quantize(tiles, quantizer.outlier_channels(tiles))).flatten(2, 3)
 
     def bits_per_coordinate(self, head_dim: int) -> float:
         """Codes, two norms a vector, and an index of channels a tile."""
-        return self._quantizer(head_dim).stored_bits + 1 / self.tile
+        return self._quantizer(head_dim).stored_bits + 1 / self.block_length
 
     def constant_bytes(self, head_dim: int) -> int:
         """Both rotations."""

@@ -17,22 +17,17 @@ class TileScaling:
 
     Attributes:
         bits: Bits a coordinate.
-        tile: Tokens of a tile.
+        block_length: Tokens of a tile.
     """
 
     bits: int
-    tile: int = 128
-
-    @property
-    def block_length(self) -> int:
-        """A tile at a time."""
-        return self.tile
+    block_length: int = 128
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Vectors after a round trip; the scales have 16 bits."""
         head_dim = x.shape[-1]
         rotation: torch.Tensor = rotation_matrix(head_dim).to(x.device)
-        tiles = (x @ rotation.T).unflatten(2, (-1, self.tile))  # [batch, heads, tiles, tokens, head_dim]
+        tiles = (x @ rotation.T).unflatten(2, (-1, self.block_length))  # [batch, heads, tiles, tokens, head_dim]
         token_scale, channel_scale = torch.ones_like(tiles[..., :1]), torch.ones_like(tiles[..., :1, :])
         for _ in range(_ROUNDS):
             channel_scale = _root_mean_square(tiles / token_scale, dim=-2)
@@ -46,7 +41,7 @@ class TileScaling:
 
     def bits_per_coordinate(self, head_dim: int) -> float:
         """A code, a scale a token and a scale a channel of a tile."""
-        return self.bits + 16 / head_dim + 16 / self.tile
+        return self.bits + 16 / head_dim + 16 / self.block_length
 
     def constant_bytes(self, head_dim: int) -> int:
         """The rotation; the codebook is a few numbers."""
