@@ -82,8 +82,8 @@ def compare(
     output.print(table(rows))
     for row in rows:
         if row.skipped is not None:
-            output.print(f"{row.codec}: {row.skipped}", highlight=False, soft_wrap=True)
-    output.print(shared.told(conditions), highlight=False, soft_wrap=True)
+            output.print(f"{row.codec}: {row.skipped}", soft_wrap=True)
+    output.print(shared.told(conditions), soft_wrap=True)
 
 
 def table(rows: list[Comparison]) -> Table:

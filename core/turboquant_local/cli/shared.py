@@ -76,8 +76,8 @@ def windows_of(
 
 def output() -> Console:
     """stdout; wide enough for the tables where it is no terminal."""
-    console = Console()
-    return console if console.is_terminal else Console(width=110)
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=110)
 
 
 @contextmanager

@@ -68,11 +68,11 @@ def tune(
         return
     output = shared.output()
     output.print(_table(shares))
-    output.print(f"checked on {before.scored_tokens} tokens that were not used to divide", highlight=False)
+    output.print(f"checked on {before.scored_tokens} tokens that were not used to divide")
     for found, codec in ((before, plain), (after, tuned)):
-        output.print(_line(found, codec, loaded.model.config), highlight=False, soft_wrap=True)
-    output.print(shared.told(conditions), highlight=False, soft_wrap=True)
-    output.print(f"kv_cache={json.dumps(fields)}", highlight=False, soft_wrap=True)
+        output.print(_line(found, codec, loaded.model.config), soft_wrap=True)
+    output.print(shared.told(conditions), soft_wrap=True)
+    output.print(f"kv_cache={json.dumps(fields)}", soft_wrap=True)
 
 
 def _table(shares: list[LayerShare]) -> Table:

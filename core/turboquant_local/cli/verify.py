@@ -91,7 +91,7 @@ def verify(
     else:
         output = shared.output()
         if choice.explanation:
-            output.print(choice.explanation, highlight=False, soft_wrap=True)
+            output.print(choice.explanation, soft_wrap=True)
         show(output, found, conditions)
     if not found.passed:
         raise typer.Exit(1)
@@ -115,10 +115,10 @@ def show(console: Console, found: Verification, conditions: dict[str, str]) -> N
         stored, plain = found.stored_bytes, found.uncompressed_bytes
         lines.append(f"at {found.tokens} tokens   {stored:,} bytes instead of {plain:,} ({plain / stored:.2f}x)")
     lines.append(shared.told(conditions))
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    console.print("\n".join(lines), soft_wrap=True)
     for check in found.checks:
-        console.print(_verdict(check), highlight=False, soft_wrap=True)
-    console.print("[green]passed[/]" if found.passed else "[red]FAILED[/]", highlight=False)
+        console.print(_verdict(check), soft_wrap=True)
+    console.print("[green]passed[/]" if found.passed else "[red]FAILED[/]")
 
 
 def _table(layers: list[LayerFidelity]) -> Table:
