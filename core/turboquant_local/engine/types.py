@@ -52,6 +52,11 @@ class Message:
     reasoning: str | None = None
 
 
+def failed_result(text: str) -> str:
+    """The result of a tool that failed. Chat templates have no field for a failure, so the text says it."""
+    return text if text.lower().startswith("error") else f"Error: {text}"
+
+
 @dataclass(frozen=True)
 class Tool:
     """A function the model may call.
@@ -233,6 +238,11 @@ class ChatReply:
     metrics: GenerationMetrics
     token_ids: tuple[int, ...]
     first_token_at: str
+
+    @property
+    def openai_finish_reason(self) -> Literal["stop", "length", "tool_calls"]:
+        """`finish_reason` in the words of OpenAI's API, which has none for a cancelled reply: it simply stops."""
+        return "stop" if self.finish_reason == "cancelled" else self.finish_reason
 
 
 @dataclass(frozen=True)

@@ -119,8 +119,7 @@ def _assistant(message: AIMessage, where: str) -> engine.Message:
 
 def _result(message: ToolMessage, where: str) -> str:
     text = "\n".join(_texts(message, where))
-    # Chat templates have no field for a failure, so the text says it.
-    return f"Error: {text}" if message.status == "error" and not text.lower().startswith("error") else text
+    return engine.failed_result(text) if message.status == "error" else text
 
 
 def _texts(message: BaseMessage, where: str) -> list[str]:

@@ -80,7 +80,6 @@ def response_metadata(reply: engine.ChatReply, model: str) -> dict[str, Any]:
     return {
         "model_provider": PROVIDER,
         "model_name": model,
-        # A cancelled reply simply stops; LangChain has no word for it.
-        "finish_reason": "stop" if reply.finish_reason == "cancelled" else reply.finish_reason,
+        "finish_reason": reply.openai_finish_reason,
         "turboquant": reply.metrics.to_dict(),
     }

@@ -151,8 +151,7 @@ def _result_text(result: ToolCallResult, where: str) -> str:
         for part in result.result:
             _refuse_media(part, f"{where}, result of tool {result.origin.tool_name!r}")
         text = _joined([part.text for part in result.result if isinstance(part, TextContent)])
-    # Chat templates have no field for a failure, so the text says it.
-    return f"Error: {text}" if result.error and not text.lower().startswith("error") else text
+    return engine.failed_result(text) if result.error else text
 
 
 def _refuse_media(part: object, where: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from haystack.dataclasses import FinishReason
 from haystack.tracing.tracer import tracer
 
 from turboquant_local.engine.types import ChatReply, GenerationMetrics, Usage
@@ -33,11 +32,6 @@ def now() -> str:
     return datetime.now(UTC).isoformat()
 
 
-def finish_reason(reply: ChatReply) -> FinishReason:
-    """Haystack's word for why the reply ended; it has none for a cancelled one, which simply stops."""
-    return "stop" if reply.finish_reason == "cancelled" else reply.finish_reason
-
-
 def usage_dict(usage: Usage) -> dict[str, Any]:
     """Token counts in OpenAI's shape; all leaves are counts, because the Agent sums them over its steps."""
     return {
@@ -60,7 +54,7 @@ def reply_meta(reply: ChatReply, model: str, requested_at: str) -> dict[str, Any
     return {
         "model": model,
         "index": 0,
-        "finish_reason": finish_reason(reply),
+        "finish_reason": reply.openai_finish_reason,
         "completion_start_time": reply.first_token_at,
         "usage": usage_dict(reply.usage),
         "turboquant": {"requested_at": requested_at, **reply.metrics.to_dict()},

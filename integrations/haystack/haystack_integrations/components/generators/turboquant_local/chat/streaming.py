@@ -15,7 +15,7 @@ from haystack.dataclasses import (
     ToolCallDelta,
 )
 
-from haystack_integrations.components.generators.turboquant_local.chat.meta import finish_reason, now, reply_meta
+from haystack_integrations.components.generators.turboquant_local.chat.meta import now, reply_meta
 from turboquant_local.engine import types as engine
 from turboquant_local.errors import ConfigError
 
@@ -41,7 +41,7 @@ class ChunkWriter:
         if isinstance(event, engine.Finished):
             return self._chunk(
                 meta=reply_meta(event.reply, self._model, self._requested_at),
-                finish_reason=finish_reason(event.reply),
+                finish_reason=event.reply.openai_finish_reason,
                 start=self._block < 0,
             )
         # Every tool call is a block of its own; text and thinking go on until the other one begins.
