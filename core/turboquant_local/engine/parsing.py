@@ -159,7 +159,8 @@ class ReplyParser:
             if final:
                 self._take_parsed_calls(self._tool_parser)
             return False
-        space_and_mark, body = self._split_after(mark)
+        end = self._buffer.index(mark) + len(mark)
+        body = self._buffer[end:]
         reading = read_calls(mark, body, self._tools, final=final)
         if self._is_constrained and isinstance(reading, Calls) and not self._are_offered(reading.calls):
             reading = NO_CALL
@@ -170,7 +171,7 @@ class ReplyParser:
             self._buffer, self._drop = body[reading.end :], SPACE
         else:
             self._at_start = False
-            self._take_text(len(space_and_mark))
+            self._take_text(end)
         return True
 
     def _next_mark(self) -> tuple[int, str] | None:
@@ -193,10 +194,6 @@ class ReplyParser:
             return 0 if any(_is_begun(lead, mark) for mark in self._marks) else len(self._buffer)
         held = max(partial_suffix(self._buffer, mark) for mark in self._marks)
         return len(self._buffer[: len(self._buffer) - held].rstrip(SPACE))
-
-    def _split_after(self, mark: str) -> tuple[str, str]:
-        end = self._buffer.index(mark) + len(mark)
-        return self._buffer[:end], self._buffer[end:]
 
     def _take_text(self, length: int) -> None:
         text, self._buffer = self._buffer[:length], self._buffer[length:]

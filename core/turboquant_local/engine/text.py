@@ -70,6 +70,9 @@ class StopStrings:
     Args:
         stop: The stop strings.
 
+    Attributes:
+        stopped: Whether a stop string has come.
+
     Raises:
         GenerationOptionError: `stop` is no sequence of non-empty strings.
     """
@@ -79,21 +82,16 @@ class StopStrings:
             raise GenerationOptionError(f"stop={stop!r}: expected a sequence of non-empty strings, such as ['\\n\\n']")
         self._stop = tuple(stop)
         self._held = ""
-        self._stopped = False
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string has come."""
-        return self._stopped
+        self.stopped = False
 
     def push(self, text: str) -> str:
         """Takes more text; returns what cannot belong to a stop string."""
-        if self._stopped:
+        if self.stopped:
             return ""
         text = self._held + text
         ends = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if ends:
-            self._stopped, self._held = True, ""
+            self.stopped, self._held = True, ""
             return text[: min(ends)[1]]
         keep = max((partial_suffix(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
