@@ -16,9 +16,9 @@ from turboquant_local.kernels.triton.devices import copies_tiles, counters, laun
 
 MAX_Q_LENGTH = 8
 BITS = (1, 2, 3, 4, 6, 8, 16)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _BRANCH = 8
 """Shares of far tokens that are merged first where they are too many to be merged at once."""
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)

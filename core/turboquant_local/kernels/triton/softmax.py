@@ -15,7 +15,10 @@ def visible(
     s, position, kv_length, mask, head, token, in_range, stride_mh, stride_mq, stride_mk, softcap,
     Q_LENGTH: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Cap and mask a tile of scores `[W, BN, ROWS]`; afterwards they are in base 2."""
+    """Cap and mask a tile of scores `[W, BN, ROWS]`; afterwards they are in base 2.
+
+    Positions, and whether there is such a token, are `[W, BN, 1]`, or of every score.
+    """
     if SOFTCAP:
         x = s / softcap
         e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
@@ -39,7 +42,7 @@ def softmax_step(s, scale, lift, m, total, acc):
 
     Args:
         s: Scores `[W, BN, ROWS]` in base 2.
-        scale: What the tokens' values are to be multiplied by, `[W, BN]`, not negative.
+        scale: What the tokens' values are to be multiplied by, `[W, BN, 1]` or of every score, not negative.
         lift: Its logarithm, but for 1; anything finite for 0.
         m: Running maximum of score times scale, `[W, ROWS]`, up to a factor of 2: so the weights fit float16 whatever
             the scales are.
@@ -94,9 +97,7 @@ def finish(
     seen = mass > 0
     share *= (step / tl.where(seen, mass, 1.0))[None, :]
     x = tl.permute((acc * low[None, :, None] - sums[:, None, :]) * share[:, None, :], [1, 2, 0])
-    if W == 16:
-        x = _halved(tl.reshape(x, [DP, ROWS, 8, 2]))
-    if W >= 8:
+    if W == 8:
         x = _halved(tl.reshape(x, [DP, ROWS, 4, 2]))
     if W >= 4:  # not by a reduction: that would take shuffles
         x = _halved(tl.reshape(x, [DP, ROWS, 2, 2]))
