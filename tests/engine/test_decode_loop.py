@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -302,6 +303,18 @@ def test_an_engine_on_a_device_that_is_not_the_current_one(model_folder: str) ->
     assert torch.cuda.current_device() == 0
     assert [reply.metrics.decoding for reply in replies] == ["cuda graph"] * 2
     assert replies[0].token_ids == replies[1].token_ids
+
+
+@on_gpu
+def test_two_threads_may_capture_at_once(model_folder: str) -> None:
+    question = [Message("user", "Count to nine: 1 2 3 4 5 6 7 8 9. " * 30)]
+    engines = [ChatEngine(model_folder, device="cuda", dtype="float32") for _ in range(3)]
+    with ThreadPoolExecutor() as pool:
+        first, *others = pool.map(lambda e: e.chat(question, options=GenerationOptions(max_new_tokens=48)), engines)
+    for engine in engines:
+        engine.close()
+    assert {reply.metrics.decoding for reply in (first, *others)} == {"cuda graph"}
+    assert all(reply.token_ids == first.token_ids for reply in others)
 
 
 @on_gpu

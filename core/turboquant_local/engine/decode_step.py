@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from typing import Any
+from functools import lru_cache
+from threading import Lock
+from typing import Any, Final
 
 import torch
 
 from turboquant_local.cache import TurboQuantCache
 from turboquant_local.engine.decode_fusion import fused
+
+_capturing: Final = Lock()
+"""torch captures one graph at a time, whichever thread asks for it."""
 
 
 @torch.no_grad()
@@ -90,19 +95,30 @@ class DecodeStep:
         cache.stats.attention.update(before)
 
     def _captured(self, cache: TurboQuantCache, stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        beside = torch.cuda.Stream()
+        beside, captured = _streams(torch.cuda.current_device())
         beside.wait_stream(stream)
         with torch.cuda.stream(beside):
             forward(self.model, cache, self._ids, self._position)
         stream.wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on using the device.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with _capturing, torch.cuda.graph(graph, stream=captured, capture_error_mode="thread_local"):
             scores = forward(self.model, cache, self._ids, self._position)
         return graph, scores
 
 
 def _mend_random_state() -> None:
     """A capture that fails leaves torch's random numbers as if it were still going on; one that succeeds ends that."""
-    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+    _, captured = _streams(torch.cuda.current_device())
+    with _capturing, torch.cuda.graph(torch.cuda.CUDAGraph(), stream=captured, capture_error_mode="thread_local"):
         torch.zeros(1, device="cuda")
+
+
+@lru_cache(maxsize=16)
+def _streams(device: int) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """Streams of a device to run a step in before it is captured, and to capture it in.
+
+    Always the same, as cuBLAS keeps memory for each stream that it sees. torch's own for captures is on the device of
+    the first capture of all.
+    """
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
