@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import DogeConfig, DogeForCausalLM, GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from turboquant_local.cache import TurboQuantCache
 from turboquant_local.engine import ChatEngine, ChatReply, GenerationOptions, Message, TextDelta
@@ -111,6 +111,27 @@ def test_a_window_longer_than_the_sample_of_statistics() -> None:
     assert DecodeLoop(capture=False).run(model, ours, prompt, sampling(150), read) == "static"
     assert read.ids == expected[0, 20:].tolist()
     assert ours.layers[0]._k.near.length == theirs.layers[0]._k.near.length > 0
+
+
+@pytest.mark.parametrize("length", [20, 300])
+def test_a_model_that_reads_keys_itself_goes_on_without_buffers(length: int) -> None:
+    """Doge makes its mask of the values."""
+    torch.manual_seed(0)
+    config = DogeConfig(
+        vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=64, head_dim=16, max_position_embeddings=1024,
+    )  # fmt: skip
+    on_cuda = torch.cuda.is_available()
+    device = "cuda" if on_cuda else "cpu"
+    model, prompt = DogeForCausalLM(config).eval().to(device), random_tokens(1, length).to(device)
+    theirs, ours = (TurboQuantCache(config, "identity", **SMALL) for _ in range(2))
+    loop, read = DecodeLoop(capture=on_cuda), Collect(40)
+    expected = model.generate(prompt, past_key_values=theirs, max_new_tokens=40)
+    how = loop.run(model, ours, prompt, sampling(40), read)
+    assert how.startswith("eager: DogeForCausalLM cannot decode in buffers (mask")
+    assert read.ids == expected[0, length:].tolist()
+    assert ours.vram_bytes() == reachable_bytes(ours) == theirs.vram_bytes()
+    assert loop.refusal(model, ours, sampling(9).config) == how.removeprefix("eager: ")
 
 
 def test_buffers_are_kept_counted_and_let_go() -> None:

@@ -22,6 +22,7 @@ from turboquant_local.cache.static import StaticStorage, begins_packing, forget_
 from turboquant_local.engine.decode_step import DecodeStep, forward
 from turboquant_local.engine.prefill import first_part, prefill
 from turboquant_local.engine.sampling import Sampling
+from turboquant_local.errors import CacheError
 
 Read = Callable[[int], bool]
 """Takes each token as soon as it is known; says whether the reply ends with it."""
@@ -55,6 +56,7 @@ class DecodeLoop:
         self._capture = capture
         self._storage: StaticStorage | None = None
         self._step: DecodeStep | None = None
+        self._unfit: str | None = None
 
     def refusal(self, model: Any, cache: TurboQuantCache, config: GenerationConfig) -> str | None:
         """Why a reply must be left to transformers' `generate`, or None.
@@ -64,6 +66,8 @@ class DecodeLoop:
             cache: Its cache.
             config: How the reply is generated.
         """
+        if self._unfit:
+            return self._unfit
         if self._capture and model.device.type != "cuda":
             return f"no CUDA graphs on {model.device.type}"
         for name in ("generate", "prepare_inputs_for_generation"):
@@ -133,9 +137,18 @@ class DecodeLoop:
                     continue
                 storage.advance()
                 assert self._step is not None
-                scores, how = self._step(cache, token, length - 1), self._step.how
-                if not at_once and read(fetch.wait()):
+                try:
+                    scores, how = self._step(cache, token, length - 1), self._step.how
+                except CacheError as error:  # the model does more with keys, values or mask than attend to them
                     storage.drop_last()
+                    storage.give_back(cache)
+                    storage = None
+                    self.release(cache)
+                    self._unfit = f"{type(model).__name__} cannot decode in buffers ({error})"
+                    scores, how = forward(model, cache, ids[:, length - 1 : length]), f"eager: {self._unfit}"
+                if not at_once and read(fetch.wait()):
+                    if storage is not None:
+                        storage.drop_last()
                     break
         if storage is not None:
             storage.give_back(cache)
@@ -152,7 +165,7 @@ class DecodeLoop:
             storage.give_back(cache)
             storage = None
         if storage is None:
-            if begins_packing(cache):
+            if self._unfit or begins_packing(cache):
                 return None
             storage = self._storage_for(model, cache, length + min(left, _AHEAD))
             storage.take_from(cache)
