@@ -92,9 +92,11 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each reply")
-    parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--repeats", type=int, default=25, help="2 or more")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/constrained.csv")
     arguments = parser.parse_args()
+    if arguments.repeats < 2:
+        parser.error(f"--repeats {arguments.repeats}: expected 2 or more, for percentiles")
     logging.disable_progress_bar()
     console = Console(width=120)
 

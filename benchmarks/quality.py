@@ -293,7 +293,9 @@ def show(
 ) -> None:
     """Print the table and the targets, and write the rows."""
     print(", ".join(f"{name} {value}" for name, value in conditions.items()))
-    reference = next(row.fidelity for row in rows if row.fidelity is not None)
+    reference = next((row.fidelity for row in rows if row.fidelity is not None), None)
+    if reference is None:
+        sys.exit("nothing was measured: " + "; ".join(f"{row.codec}: {row.skipped}" for row in rows))
     print(
         f"{reference.windows} windows of {options.window} tokens, {reference.scored_tokens} scored, "
         f"uncompressed perplexity {reference.reference_perplexity:.4f}\n"
