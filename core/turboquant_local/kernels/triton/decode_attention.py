@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from turboquant_local.codec.quantizer import MSEQuantizer
+from turboquant_local.codec.shared import shared
 from turboquant_local.kernels.layout import KVView, PackedKV
 from turboquant_local.kernels.triton.decode_kernels import attend
 from turboquant_local.kernels.triton.devices import copies_tiles, counters, launch_early, multiprocessors, unserved
@@ -130,7 +130,7 @@ def attention(
     near, near_strides, near_kind = _operands(keys.near, values.near)
     k_part, v_part = keys.packed[0], values.packed[0]  # all parts of a side share mean and rotation
     k_rotation, k_terms = rotation_terms(k_part, fast)
-    v_rotation, v_terms = rotation_terms(v_part, fast)
+    v_rotation, v_terms = fragments(v_part, fast)
     tiles = (None, None)
     if launch.copies and far_tiles > 1 and _copyable(far[0], far[4], far_kind, k_dim, v_dim, sides):
         tiles = _tiles(far[0], tile), _tiles(far[4], tile)
@@ -235,7 +235,26 @@ def rotation_terms(packed: PackedKV, fast: bool) -> tuple[torch.Tensor, int]:
     return _terms(packed.quantizer, packed.codes.device, fast)
 
 
-@lru_cache(maxsize=64)
+def fragments(packed: PackedKV, fast: bool) -> tuple[torch.Tensor, int]:
+    """As `rotation_terms`, the inverse rotation as a tensor core takes its left operand: every lane's 8 of a tile.
+
+    A tile has 16 rows and columns; lane 4g + t has elements 2t and 2t + 1 of rows g and g + 8, then 2t + 8 and 2t + 9.
+    """
+    if not isinstance(packed.quantizer, MSEQuantizer):
+        return packed.codes, 1
+    return _fragments(packed.quantizer, packed.codes.device, fast)
+
+
+@shared
+def _fragments(quantizer: MSEQuantizer, device: torch.device, fast: bool) -> tuple[torch.Tensor, int]:
+    matrix, terms = _terms(quantizer, device, fast)
+    size = triton.next_power_of_2(quantizer.head_dim)
+    padded = torch.nn.functional.pad(matrix.mT, (0, size - quantizer.head_dim) * 2)
+    tiles = padded.view(terms, size // 16, 2, 8, size // 16, 2, 4, 2)
+    return tiles.permute(0, 1, 4, 3, 6, 5, 2, 7).contiguous(), terms
+
+
+@shared
 def _terms(quantizer: MSEQuantizer, device: torch.device, fast: bool) -> tuple[torch.Tensor, int]:
     matrix = quantizer.constants(torch.device("cpu"))[0].contiguous()
     if not fast:

@@ -214,7 +214,7 @@ def attend(
     KIND: tl.constexpr = NEAR if FAR is None else FAR
     V_BITS: tl.constexpr = KIND[3]
     ask_for(k_rotation, 0, KD, KD * k_rotation.dtype.element_ty.primitive_bitwidth // 8, KD, EARLY and KIND[0] < 16)
-    ask_for(v_rotation, 0, VD, VD * v_rotation.dtype.element_ty.primitive_bitwidth // 8, VD, EARLY and V_BITS < 16)
+    ask_for(v_rotation, 0, VDP, VDP * v_rotation.dtype.element_ty.primitive_bitwidth // 8, VDP, EARLY and V_BITS < 16)
     if program == 0:
         _sinks_and_recent(
             q, k_sinks, k_recent, v_sinks, v_recent, mask,

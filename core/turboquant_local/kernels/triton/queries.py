@@ -84,12 +84,18 @@ def rotated(
 
 
 @triton.jit
-def _block(rotation, start, D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr):
-    """COLUMNS columns of the rotation, from `start` on, as rows."""
-    c = start + tl.arange(0, COLUMNS)
-    channels = tl.arange(0, DP)
-    both = (c < D)[:, None] & (channels < D)[None, :]
-    return tl.load(rotation + channels[None, :] * D + c[:, None], mask=both, other=0.0)
+def _block(rotation, start, DP: tl.constexpr, COLUMNS: tl.constexpr, W: tl.constexpr):
+    """COLUMNS columns of the rotation, from `start` on, as rows: `[COLUMNS, DP]`.
+
+    It comes in the order of `decode_attention.fragments`: a thread reads just what the tensor core wants from it.
+    """
+    WARPS: tl.constexpr = min(W, COLUMNS // 16)
+    ROWS: tl.constexpr = COLUMNS // (16 * WARPS)  # of tiles
+    i = tl.arange(0, ROWS * (DP // 16))[None, :, None]
+    row = start // 16 + i // (DP // 16) * WARPS + tl.arange(0, WARPS)[:, None, None]
+    at = (row * (DP // 16) + i % (DP // 16)) * 256 + tl.arange(0, 256)[None, None, :]
+    tiles = tl.reshape(tl.load(rotation + at), [WARPS, ROWS, DP // 16, 8, 4, 2, 2, 2])
+    return tl.reshape(tl.permute(tiles, [1, 0, 6, 3, 2, 5, 4, 7]), [COLUMNS, DP])
 
 
 @triton.jit
@@ -105,7 +111,7 @@ def merge(
         out: `[shares, NR, DP]`, as `decode_kernels.attend` leaves it.
         lse: `[shares, NR]`.
         sink_logits: `[q_heads]`, or anything where SINK is false.
-        rotation: `[TERMS, D, D]`, or anything with PLAIN.
+        rotation: `[TERMS, DP, DP]` in the order of `decode_attention.fragments`, or anything with PLAIN.
         result: Out, `[rows, D]`.
         shares: Shares of the work.
         first_row: The first query; the others follow.
@@ -133,7 +139,7 @@ def merge(
     plain = tl.load(lse + r, mask=r < present, other=-INFINITY, cache_modifier=".cg")
     uncoded = _uncoded(out, 0, row < present, D, DP, NR, COLUMNS)
     if not PLAIN:
-        turn = _block(rotation, 0, D, DP, COLUMNS)
+        turn = _block(rotation, 0, DP, COLUMNS, W)
     coded = tl.zeros([RUNS, FEW], tl.float32)
     if SINK:
         top = tl.load(sink_logits + (first_head + tl.minimum(r, present - 1)) // Q_LENGTH).to(tl.float32) * LOG2E
@@ -157,10 +163,10 @@ def merge(
             x += coded
         else:
             if start > 0:
-                turn = _block(rotation, start, D, DP, COLUMNS)
+                turn = _block(rotation, start, DP, COLUMNS, W)
             x += _turned(turn, coded)
             if TERMS > 1:
-                x += _turned(_block(rotation + D * D, start, D, DP, COLUMNS), coded)
+                x += _turned(_block(rotation + DP * DP, start, DP, COLUMNS, W), coded)
         c = start + tl.arange(0, COLUMNS)
         inside = (c < D)[:, None] & (row < present)[None, :]
         tl.store(result + (first_row + row)[None, :] * D + c[:, None], x.to(result.dtype.element_ty), mask=inside)
@@ -240,10 +246,9 @@ def _turned(matrix, x):
     """`matrix @ x`, with x in float32 rounded to two terms of the matrix' type if that is a 16-bit one."""
     if matrix.dtype == tl.float32:
         y = tl.dot(matrix, x, input_precision="ieee")
-    else:  # both terms by one product: side by side they fill its columns
+    else:  # a move that must not be repeated: or all that went before would be, in the product's layout
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
         high = x.to(matrix.dtype)
-        both = tl.join(high, (x - high.to(tl.float32)).to(matrix.dtype))
-        y = tl.dot(matrix, tl.reshape(both, [x.shape[0], 2 * x.shape[1]]))
-        one, other = tl.split(tl.reshape(y, [matrix.shape[0], x.shape[1], 2]))
-        y = one + other
+        y = tl.dot(matrix, high)
+        y = tl.dot(matrix, (x - high.to(tl.float32)).to(matrix.dtype), acc=y)
     return y

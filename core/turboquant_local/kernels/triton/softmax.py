@@ -68,6 +68,16 @@ def _halved(x):
 
 
 @triton.jit
+def _of_both(one, other):
+    """Maximum and sum, `[..., 2]`, of two sets of tokens."""
+    m, mass = tl.split(one)
+    m2, mass2 = tl.split(other)
+    top = tl.maximum(m, m2)
+    base = tl.where(top == -INFINITY, 0.0, top)
+    return tl.join(top, mass * tl.exp2(m - base) + mass2 * tl.exp2(m2 - base))
+
+
+@triton.jit
 def finish(
     m, total, acc, sums, low, step, place, out, lse, row, valid, DP: tl.constexpr, NR: tl.constexpr
 ):  # fmt: skip
@@ -90,12 +100,22 @@ def finish(
     """
     W: tl.constexpr = acc.shape[0]
     ROWS: tl.constexpr = acc.shape[2]
-    top = tl.max(m, 0)
+    both = tl.permute(tl.join(m, tl.sum(total, 1)), [1, 2, 0])  # so warps meet once, where reductions take four times
+    if W == 8:
+        one, other = tl.split(tl.reshape(both, [ROWS, 2, 4, 2]))
+        both = tl.permute(_of_both(tl.permute(one, [0, 2, 1]), tl.permute(other, [0, 2, 1])), [0, 2, 1])
+    if W >= 4:
+        one, other = tl.split(tl.reshape(both, [ROWS, 2, 2, 2]))
+        both = tl.permute(_of_both(tl.permute(one, [0, 2, 1]), tl.permute(other, [0, 2, 1])), [0, 2, 1])
+    if W > 1:
+        one, other = tl.split(both)
+        both = _of_both(one, other)
+    else:
+        both = tl.reshape(both, [ROWS, 2])
+    top, mass = tl.split(both)
     top = tl.where(top == -INFINITY, 0.0, top)
-    share = tl.exp2(m - top[None, :])
-    mass = tl.sum(tl.sum(total, 1) * share, 0)
     seen = mass > 0
-    share *= (step / tl.where(seen, mass, 1.0))[None, :]
+    share = tl.exp2(m - top[None, :]) * (step / tl.where(seen, mass, 1.0))[None, :]
     x = tl.permute((acc * low[None, :, None] - sums[:, None, :]) * share[:, None, :], [1, 2, 0])
     if W == 8:
         x = _halved(tl.reshape(x, [DP, ROWS, 4, 2]))
