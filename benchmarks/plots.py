@@ -146,9 +146,9 @@ def prefill() -> str:
 
 def device() -> str:
     """Where and when."""
-    row = rows("generate")[-1]
+    row, dates = rows("generate")[-1], sorted({row["date"] for row in rows("generate")})
     versions = ", ".join(f"{name} {row[name]}" for name in ("torch", "triton", "transformers"))
-    return f"One {row['gpu']}, {versions}, {row['date']}."
+    return f"One {row['gpu']}, {versions}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -294,12 +294,11 @@ def show(
     """Print the table and the targets, and write the rows."""
     print(", ".join(f"{name} {value}" for name, value in conditions.items()))
     reference = next((row.fidelity for row in rows if row.fidelity is not None), None)
-    if reference is None:
-        sys.exit("nothing was measured: " + "; ".join(f"{row.codec}: {row.skipped}" for row in rows))
-    print(
-        f"{reference.windows} windows of {options.window} tokens, {reference.scored_tokens} scored, "
-        f"uncompressed perplexity {reference.reference_perplexity:.4f}\n"
-    )
+    if reference is not None:
+        print(
+            f"{reference.windows} windows of {options.window} tokens, {reference.scored_tokens} scored, "
+            f"uncompressed perplexity {reference.reference_perplexity:.4f}\n"
+        )
     print_table(rows, cells, tools)
     if cells:
         print_retrieval(cells)
@@ -322,7 +321,7 @@ def show(
     print(f"\nRows: {os.path.relpath(options.out)}")
     if cells:
         write_retrieval(options.out.with_name(f"{options.out.stem}_retrieval.csv"), cells, conditions)
-    if options.plot is not None:
+    if options.plot is not None and reference is not None:
         from turboquant_local.evaluation.plots import plot_frontier
 
         smaller = [row for row in rows if row.size.compression > 1.1]  # those that lose nothing are off the scale

@@ -56,7 +56,7 @@ class DecodeLoop:
         self._capture = capture
         self._storage: StaticStorage | None = None
         self._step: DecodeStep | None = None
-        self._unfit: str | None = None
+        self._unfit: str | None = None  # why the model cannot decode in buffers, once that is known
 
     def refusal(self, model: Any, cache: TurboQuantCache, config: GenerationConfig) -> str | None:
         """Why a reply must be left to transformers' `generate`, or None.
@@ -140,11 +140,8 @@ class DecodeLoop:
                 try:
                     scores, how = self._step(cache, token, length - 1), self._step.how
                 except CacheError as error:  # the model does more with keys, values or mask than attend to them
-                    storage.drop_last()
-                    storage.give_back(cache)
+                    self._give_up(storage, cache, f"{type(model).__name__} cannot decode in buffers ({error})")
                     storage = None
-                    self.release(cache)
-                    self._unfit = f"{type(model).__name__} cannot decode in buffers ({error})"
                     scores, how = forward(model, cache, ids[:, length - 1 : length]), f"eager: {self._unfit}"
                 if not at_once and read(fetch.wait()):
                     if storage is not None:
@@ -155,6 +152,13 @@ class DecodeLoop:
         elif self._storage is not None:
             self._storage.count_in(cache)
         return how
+
+    def _give_up(self, storage: StaticStorage, cache: TurboQuantCache, reason: str) -> None:
+        """Take back a step that failed, and let all others do without buffers."""
+        storage.drop_last()
+        storage.give_back(cache)
+        self.release(cache)
+        self._unfit = reason
 
     def _made_ready(
         self, model: Any, cache: TurboQuantCache, storage: StaticStorage | None, left: int

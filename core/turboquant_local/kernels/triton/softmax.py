@@ -78,6 +78,13 @@ def _of_both(one, other):
 
 
 @triton.jit
+def _of_pairs(both):
+    """Maxima and sums `[ROWS, 2, W]` of every two neighbouring warps."""
+    one, other = tl.split(tl.reshape(both, [both.shape[0], 2, both.shape[2] // 2, 2]))
+    return tl.permute(_of_both(tl.permute(one, [0, 2, 1]), tl.permute(other, [0, 2, 1])), [0, 2, 1])
+
+
+@triton.jit
 def finish(
     m, total, acc, sums, low, step, place, out, lse, row, valid, DP: tl.constexpr, NR: tl.constexpr
 ):  # fmt: skip
@@ -102,11 +109,9 @@ def finish(
     ROWS: tl.constexpr = acc.shape[2]
     both = tl.permute(tl.join(m, tl.sum(total, 1)), [1, 2, 0])  # so warps meet once, where reductions take four times
     if W == 8:
-        one, other = tl.split(tl.reshape(both, [ROWS, 2, 4, 2]))
-        both = tl.permute(_of_both(tl.permute(one, [0, 2, 1]), tl.permute(other, [0, 2, 1])), [0, 2, 1])
+        both = _of_pairs(both)
     if W >= 4:
-        one, other = tl.split(tl.reshape(both, [ROWS, 2, 2, 2]))
-        both = tl.permute(_of_both(tl.permute(one, [0, 2, 1]), tl.permute(other, [0, 2, 1])), [0, 2, 1])
+        both = _of_pairs(both)
     if W > 1:
         one, other = tl.split(both)
         both = _of_both(one, other)
